@@ -169,11 +169,11 @@ class Recipe:
     allow_empty: bool = advanced(False, "image")
     """Allow classes without images."""
 
-    grey16: Literal["range", "minmax"] = advanced("range", "image")
-    """Scale 16-bit grey by its full range, or by the range of each image."""
+    grey16: Literal["range", "minmax"] | None = advanced(None, "image")
+    """Scale 16-bit grey by its full range, or by the range of each image. [as the weights, else range]"""
 
-    fit: Literal["crop", "pad", "squeeze"] = advanced("crop", "image")
-    """How rectangles become square."""
+    fit: Literal["crop", "pad", "squeeze"] | None = advanced(None, "image")
+    """How rectangles become square. [as the weights, else crop]"""
 
     crop_share: float | None = advanced(None, "image")
     """Side of the central crop in evaluation, over the shorter side. [0.875 after random crops, else 1]"""
@@ -317,7 +317,7 @@ class Recipe:
     """Number type."""
 
     workers: int | None = kind_field("image", None)
-    """Processes that decode images. [one per core]"""
+    """Threads that decode. [cores; 0 below 2,000 files]"""
 
     compile: bool = advanced(False)
     """Compile the network with torch.compile."""
@@ -530,10 +530,10 @@ class Recipe:
         return {**chosen, "column": parse_column(self.columns), **{name: getattr(self, name) for name in names}}
 
     def data_choices(self) -> dict[str, Any]:
-        """The arguments for `skipway.data.load`.
+        """The arguments for `skipway.data.load`, without those that are left open.
 
-        >>> Recipe(augment="trivial + mixup(0.2)").data_choices()["mixup"]
-        0.2
+        >>> Recipe(augment="trivial + mixup(0.2)").data_choices()["mixup"], "fit" in Recipe().data_choices()
+        (0.2, False)
         """
         from skipway.data.sources.columns import parse_columns
 
@@ -542,7 +542,7 @@ class Recipe:
             *("grey16", "fit", "crop_share", "resample", "max_megapixels", "subfolders", "outside", "cache"),
             *("holdout", "validation", "inspect"),
         )
-        return {
+        values = {
             **{name: getattr(self, name) for name in (*names, *more)},
             "fold": self.fold_number,
             "mean": self.numbers("mean"),
@@ -550,6 +550,7 @@ class Recipe:
             "columns": parse_columns(self.columns),
             **parse_augmentations(self.augment or "none"),
         }
+        return {name: value for name, value in values.items() if value is not None}
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values; `from_json` restores the recipe.
@@ -589,8 +590,10 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedRecipe(Recipe):
-    """A recipe that decides everything about the optimization: what a run holds."""
+    """A recipe that decides everything about the optimization, and how images are read: what a run holds."""
 
+    grey16: Literal["range", "minmax"] = "range"
+    fit: Literal["crop", "pad", "squeeze"] = "crop"
     epochs: int = 30
     batch_size: int = 128
     optimizer: str = "sgd"

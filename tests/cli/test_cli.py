@@ -26,7 +26,7 @@ from rich.console import Console
 import skipway
 from skipway.checkpoint.files import read_tensors
 from skipway.checkpoint.store import Checkpoints
-from skipway.cli import main
+from skipway.cli import BEGAN, main
 from skipway.cli.app import TRAIN_HEADINGS
 from skipway.cli.interrupts import StopSignal
 from skipway.cli.progress import LineReporter, LiveReporter
@@ -278,6 +278,69 @@ def test_what_was_chosen_for_an_option_does_not_outlive_it(monkeypatch):
     assert (other.lr, other.weight_decay) == (None, None)
     assert fill("--config", "run", "--schedule", "cosine", "--warmup", "0.2").warmup == 0.2
     assert fill("--config", "run", "--epochs", "7").steps is None
+
+
+DERIVED = {
+    "size": 32, "channels": 3, "crop": "pad", "flip": True, "crop_share": 1.0, "resample": "bicubic", "grow_from": 16,
+    "grey16": "range", "fit": "crop", "mean": "0.5", "std": "0.25", "model": "resnet8", "start": "random", "seed": 3,
+    "batch_size": 128, "optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4, "layer_decay": 1.0, "freeze": "none",
+}  # fmt: skip
+WEIGHTS_STATE = {"mean", "std", "resample", "crop_share"}
+
+
+@pytest.mark.parametrize(
+    ("options", "chosen_anew"),
+    [
+        (["--start", "pretrained"], {*WEIGHTS_STATE, "grey16", "fit", "lr", "layer_decay", "freeze"}),
+        (["--model", "timm:convnext_atto"], WEIGHTS_STATE),
+        (["--batch-size", "512"], {"lr"}),
+        (["--size", "224"], {"crop", "crop_share", "grow_from"}),
+        (["--fit", "pad"], {"mean", "std", "crop_share"}),
+        (["other"], {"mean", "std", "resample", "channels", "flip"}),
+        (["--seed", "4"], set()),
+    ],
+)
+def test_what_a_run_derived_follows_what_it_was_derived_from(monkeypatch, capsys, options, chosen_anew):
+    """The rest stays, whoever resumes the run keeps all, and an option that is given again is kept, too."""
+    fill = filled(monkeypatch, **DERIVED)
+    pictures(Path("other"))
+    recipe = fill("--config", "run", *options)
+    open_fields = {name for name in DERIVED if getattr(recipe, name) in (None, "auto")}
+    assert open_fields == chosen_anew
+    out = " ".join(capsys.readouterr().out.split())
+    assert ("not taken from run, since they were chosen beside other options than" in out) == bool(open_fields)
+    assert ("--lr 0.1" in out) == ("lr" in open_fields)
+    assert fill("--config", "run", *options, "--mean", "0.4").mean == "0.4"
+
+
+@pytest.mark.parametrize(
+    "options", [["--size", "32"], ["--batch-size", "128"], ["--start", "random"], ["--model", "resnet8"]]
+)
+def test_the_same_command_resumes_with_all_that_was_derived(monkeypatch, options):
+    recipe = filled(monkeypatch, **DERIVED)("--out", "run", "--resume", *options)
+    config = json.loads(Path("run/config.json").read_text())
+    assert resume_recipe(config, Path("run/config.json"), recipe).to_json() == config["recipe"]
+
+
+def test_the_rate_of_text_follows_the_network(monkeypatch):
+    """It falls with the width; that of images does not depend on the network."""
+    text = filled(monkeypatch, model="gpt-micro", tokenizer="bytes", lr=1e-3)
+    assert text("--config", "run", "--model", "gpt-small").lr is None
+    assert text("--config", "run", "--seed", "1").lr == 1e-3
+
+
+def test_folds_count_their_time_from_the_start_of_the_command(monkeypatch):
+    counted = []
+
+    def cross_validate(*given, began, **options):
+        counted.append(began)
+        raise SkipwayError("far enough")
+
+    monkeypatch.setattr("skipway.training.cross_validation.cross_validate", cross_validate)
+    before = time.monotonic()
+    assert main(["train", "--folds", "2", "--time", "1m", "--out", "cv"]) == 2
+    assert counted == [BEGAN[0]]
+    assert counted[0] >= before
 
 
 @pytest.mark.parametrize(

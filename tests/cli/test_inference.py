@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import json
 import math
 import subprocess
@@ -12,14 +13,23 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+import skipway as sw
 from skipway.cli import main
+from skipway.data.pool import FEW_FILES
+from skipway.data.text import ByteTokenizer
 from skipway.errors import DataError, spell
+from skipway.inference.decoder_folder import write_transformers_folder
+from skipway.inference.run_evaluation import evaluate_images
 from skipway.inference.text_evaluation import TextEvaluation
+from skipway.inference.text_run import BATCH
 from skipway.recipe import Recipe
 from skipway.training.loop import train
 from skipway.training.run import Outcome
+from skipway.weights import hub
 
 
 @pytest.fixture(scope="module")
@@ -214,3 +224,46 @@ def test_evaluate_of_text_reads_the_column_that_is_named(capsys, monkeypatch):
     monkeypatch.setattr("skipway.inference.text_run.evaluate_text_run", evaluate)
     assert main(["evaluate", "run", "a.jsonl", "--columns", "story", "--outside"]) == 3
     assert "story True: --columns tale names another" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layout", ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"])
+def test_evaluate_takes_a_folder_of_transformers(layout, tmp_path, monkeypatch, capsys):
+    """Also by its name on the hub. A decoder whose logits are equal takes eight bits for a byte."""
+    pytest.importorskip("tokenizers")
+    model, folder, book = sw.build("gpt-nano", depth=1, dim=12, vocab=256, context=8), tmp_path / "net", tmp_path / "b"
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)
+    write_transformers_folder(model, folder, tokenizer=ByteTokenizer())
+    state = load_file(folder / "model.safetensors")
+    if layout != "model.safetensors":
+        (folder / "model.safetensors").unlink()
+    if layout == "pytorch_model.bin":
+        torch.save(state, folder / layout)
+    elif layout == "model.safetensors.index.json":
+        homes = {name: f"model-{number % 2}.safetensors" for number, name in enumerate(state)}
+        for home in set(homes.values()):
+            save_file({name: tensor for name, tensor in state.items() if homes[name] == home}, folder / home)
+        (folder / layout).write_text(json.dumps({"weight_map": homes}))
+    book.write_text("Once upon a time there was a text. " * 9)
+    monkeypatch.setattr(hub, "download", lambda name, others=(): {"hf:org/name": folder}[name])
+    for run in (str(folder), "hf:org/name"):
+        assert main(["evaluate", run, str(book), "--device", "cpu", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["bits_per_byte"] == pytest.approx(8, rel=1e-6)
+        assert main(["evaluate", run, "--device", "cpu"]) == 4
+        assert "so its test text is unknown; give a text" in capsys.readouterr().err
+        assert main(["evaluate", run, str(book), "--flip"]) == 2
+        assert "--flip: an option for images" in capsys.readouterr().err
+
+
+def test_evaluate_takes_a_name_on_the_hub(outcome, run, test_images, monkeypatch, capsys):
+    monkeypatch.setattr(hub, "download", lambda name, others=(): {"hf:me/net": Path(run)}[name])
+    assert main(["evaluate", "hf:me/net", str(test_images), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["confusion"] == outcome.evaluation.confusion.tolist()
+
+
+def test_help_says_how_many_at_a_time(capsys):
+    assert main(["evaluate", "--help"]) == 0
+    images = inspect.signature(evaluate_images).parameters["batch_size"].default
+    assert f"[as in training; {images} for DATA, {BATCH} for text]" in " ".join(capsys.readouterr().out.split())
+    assert main(["train", "--help"]) == 0
+    assert f"Threads that decode. [cores; 0 below {FEW_FILES:,} files]" in capsys.readouterr().out

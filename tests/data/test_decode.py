@@ -13,7 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from skipway.data.decode import DecodeSpec, UnreadableImage, decode, find_fault, read_header
+from skipway.data.decode import DecodeSpec, UnreadableImage, decode, read_header
+from skipway.data.inspection import InspectTask
+from skipway.data.sources.readers import FileStore
 
 SIDE = 8
 
@@ -182,11 +184,15 @@ def test_what_cannot_be_read_is_refused_with_a_reason(tmp_path):
             decode(path, DecodeSpec(3, SIDE))
         assert reason in caught.value.reason, name
         assert name in str(caught.value)
-        assert find_fault(path) == caught.value.reason, name
+        assert fault_of(path) == caught.value.reason, name
 
 
-def test_check_passes_what_decode_reads(tmp_path):
-    assert find_fault(save(tmp_path / "c.jpg", np.zeros((64, 48, 3), np.uint8))) == ""
+def fault_of(path: Path) -> str:
+    return InspectTask(FileStore(path.parent), [path.name], DecodeSpec(3, SIDE), pixels=False)(0, None).reason
+
+
+def test_inspection_passes_what_decode_reads(tmp_path):
+    assert fault_of(save(tmp_path / "c.jpg", np.zeros((64, 48, 3), np.uint8))) == ""
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -267,6 +267,21 @@ def test_a_leak_between_parts_is_named(tmp_path):
     data = load(tmp_path)
     assert data.leaked == (("train/class0/5.png", "test/class0/0.png"),)
     assert any(remark.startswith("1 test image is also trained on") for remark in data.remarks)
+    pictures(tmp_path / "val", seed=3)
+    for copy in ("val/class0/1.png", "val/class0/2.png", "test/class1/3.png"):
+        (tmp_path / copy).write_bytes((tmp_path / "train/class1/4.png").read_bytes())
+    (tmp_path / "test/class0/4.png").write_bytes((tmp_path / "val/class0/5.png").read_bytes())
+    data = load(tmp_path)
+    assert set(data.leaked) == {
+        ("train/class1/4.png", "val/class0/1.png"),
+        ("train/class1/4.png", "val/class0/2.png"),
+        ("train/class0/5.png", "test/class0/0.png"),
+        ("train/class1/4.png", "test/class1/3.png"),
+        ("val/class0/5.png", "test/class0/4.png"),
+    }
+    said = " ".join(data.remarks)
+    assert "2 validation images are also trained on, so the validation accuracy is too optimistic; the first: " in said
+    assert "3 test images are in other splits as well, so the accuracy is too optimistic; the first: " in said
 
 
 def test_pixels_in_use_outlive_a_change_of_their_source(tmp_path, own_cache):

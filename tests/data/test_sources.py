@@ -407,3 +407,196 @@ def test_rows_that_begin_like_comments_are_named(tmp_path):
     table = read_text_table(path)
     assert table.remarks == ()
     assert table.rows[-1][1] == ["#1.png", "cat"]
+
+
+def tree(*places: str, each: int = 3) -> list[str]:
+    return [f"{place}/{number}.png" for place in places for number in range(each)]
+
+
+TREES = {
+    "splits": tree("train/cat", "train/dog", "val/cat", "val/dog", "test/cat", "test/dog"),
+    "splits beside a folder of another name": tree("train/cat", "train/dog", "Testing/cat", "test/cat", "extra/cat"),
+    "a test folder beside class folders": tree("cat", "dog", "test/cat"),
+    "a test folder without classes": tree("cat", "dog", "test"),
+    "nested": tree("cat/indoor", "cat/outdoor", "dog/indoor"),
+    "the same subfolders": tree("cat/indoor", "dog/indoor"),
+    "trains are a class": tree("bus", "car", "train"),
+    "system files": [*tree("cat", "dog"), *tree("__MACOSX/cat", ".git", each=1), "cat/.0.png", "@eaDir/0.png"],
+    "names of two forms": tree("cafe\u0301", "caf\u00e9", "dog"),
+}
+
+
+def by_split(index, prefix: str = "") -> dict[str, dict[str, list[str]]]:
+    parts = {"train": index.train, "validation": index.validation, "test": index.test}
+    return {
+        split: {name: sorted(file.removeprefix(prefix) for file in files) for name, files in part.items()}
+        for split, part in parts.items()
+        if part is not None
+    }
+
+
+@pytest.mark.parametrize("subfolders", ["merge", "classes"])
+@pytest.mark.parametrize("kind", TREES)
+def test_a_tar_of_folders_is_read_as_the_folder(tmp_path, kind, subfolders):
+    for number, file in enumerate(TREES[kind]):
+        path = tmp_path / "d/photos" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(number))
+    with tarfile.open(tmp_path / "photos.tar", "w") as tar:
+        tar.add(tmp_path / "d/photos", arcname="photos")
+    folder, packed = (index_source(tmp_path / name, subfolders=subfolders) for name in ("d", "photos.tar"))
+    assert by_split(packed, "photos.tar/") == by_split(folder)
+    assert (packed.classes, packed.unused, packed.remarks) == (folder.classes, folder.unused, folder.remarks)
+    assert packed.inventory.left_out == folder.inventory.left_out
+    assert packed.inventory.total == len(TREES[kind])
+    with tarfile.open(tmp_path / "bare.tar", "w") as tar:  # tar -C photos
+        tar.add(tmp_path / "d/photos", arcname=".")
+    bare = index_source(tmp_path / "bare.tar", subfolders=subfolders)
+    assert by_split(bare, "bare.tar/./") == by_split(index_source(tmp_path / "d/photos", subfolders=subfolders))
+
+
+def test_what_is_refused_as_a_folder_is_refused_in_a_tar(tmp_path):
+    def tar(name: str, *files: str) -> Path:
+        images = [(file, b"notes" if file.endswith(".txt") else picture(n)) for n, file in enumerate(files)]
+        return write_tar(tmp_path / name, images)
+
+    with pytest.raises(DataError, match=r"'extra' in .*a.tar sounds like a split, not like a class"):
+        index_source(tar("a.tar", *tree("cat", "dog", "extra")))
+    with pytest.raises(DataError, match=r"class 'cow' in .*b.tar is not in the training split"):
+        index_source(tar("b.tar", *tree("train/cat", "train/dog", "test/cow")))
+    with pytest.raises(DataError, match=r"class folder 'emu' in .*c.tar holds no image; .*allow_empty=True"):
+        index_source(tar("c.tar", *tree("cat", "dog"), "emu/notes.txt"))
+    assert index_source(tmp_path / "c.tar", allow_empty=True).classes == ("cat", "dog", "emu")
+    wrapped = index_source(tar("d.tar", *tree("photos/dog")), fewest=1)  # one class to evaluate
+    assert wrapped.classes == ("dog",)
+
+
+def test_classes_and_images_of_a_tar_keep_their_order(tmp_path):
+    """Stored runs depend on it: classes in numeric order, images as they are packed."""
+    files = ["10/b.png", "2/a.png", "10/a.png", "2/c.png", "2/b.png"]
+    found = index_source(write_tar(tmp_path / "x.tar", [(file, picture(n)) for n, file in enumerate(files)]))
+    assert found.classes == ("2", "10")
+    assert found.files == [f"x.tar/{file}" for file in ("2/a.png", "2/c.png", "2/b.png", "10/b.png", "10/a.png")]
+
+
+def test_shards_named_by_splits_hold_class_folders(tmp_path):
+    def tar(name: str, *files: str) -> None:
+        write_tar(tmp_path / name, [(file, picture(number)) for number, file in enumerate(files)])
+
+    tar("000.tar", *tree("cat", "dog"))
+    tar("train-1.tar", *tree("cat/indoor", "dog"))
+    tar("val-0.tar", *tree("photos/val/cat"))
+    tar("test-0.tar", *tree("test/cat", "test/dog"))
+    found = index_source(tmp_path)
+    assert {split: {name: len(files) for name, files in part.items()} for split, part in by_split(found).items()} == {
+        "train": {"cat": 6, "dog": 6},
+        "validation": {"cat": 3},
+        "test": {"cat": 3, "dog": 3},
+    }
+    assert any("subfolders are merged in 1 class, the first 'cat'" in remark for remark in found.remarks)
+    tar("train-1.tar", *tree("train/cat", "train/dog", "test/cat"))
+    with pytest.raises(DataError, match="the names of the shards say their splits, and so do the folders 'train/t"):
+        index_source(tmp_path)
+
+
+def test_labels_beside_images_do_not_hide_folders_of_splits(tmp_path):
+    """`train/0.png` and `test/1.png`, each with a .cls, in one shard: test images are not trained on unnoticed."""
+
+    def tar(name: str, *folders: str) -> Path:
+        members = []
+        for number, (folder, label) in enumerate((f, label) for f in folders for label in LABELS):
+            members += [(f"{folder}/{number}.png", picture(number)), (f"{folder}/{number}.cls", label.encode())]
+        return write_tar(tmp_path / name, members)
+
+    with pytest.raises(DataError, match="the folders 'test', 'train' of images with labels beside them name splits"):
+        index_source(tar("a.tar", "train", "test"))
+    with pytest.raises(DataError, match="the folders 'x/val' of images"):
+        index_source(tar("b.tar", "x/y", "x/val"))
+    for folders in (("home/dev/a", "home/dev/b"), ("train", "bus")):
+        assert index_source(tar("c.tar", *folders)).classes == LABELS
+
+
+@pytest.mark.parametrize("metadata", [{"width": 10}, {"label": "a name"}])
+@pytest.mark.parametrize("order", [("cls", "json"), ("json", "cls")])
+def test_of_two_labels_the_class_file_counts(tmp_path, metadata, order):
+    contents = {"json": json.dumps(metadata).encode()}
+    members = []
+    for number in range(4):
+        contents["cls"] = str(number % 2).encode()
+        members += [(f"{number}.png", picture(number)), *((f"{number}.{end}", contents[end]) for end in order)]
+    assert index_source(write_tar(tmp_path / "x.tar", members)).classes == ("0", "1")
+
+
+def test_two_names_of_columns_leave_the_splits_to_the_content(tmp_path):
+    entries = [(image, label, "pug", split) for image, label, split in rows()]
+    path = write_list(folder(tmp_path) / "l.csv", entries, ("photo", "kind", "breed", "split"))
+    held = {file for file, _, split in rows() if split == "val"}
+    for columns in (("photo", "kind"), ["photo", "kind"], ("photo", "kind", "split")):
+        index = index_source(path, columns=columns)
+        assert {file for files in (index.validation or {}).values() for file in files} == held, columns
+        assert index.remarks == (
+            "the list gives images from column 'photo', labels from 'kind', splits from 'split'; not used: 'breed'",
+        )
+    whole = index_source(path, columns=("photo", "kind", "-"))
+    assert whole.validation is None
+    (said,) = whole.remarks
+    assert said == "the list gives images from column 'photo', labels from 'kind'; not used: 'breed', 'split'"
+    assert len(load(path, columns=["photo", "kind"]).validation) == 4
+    marked = [(image, label, int(split == "val")) for image, label, split in rows()]
+    path = write_list(tmp_path / "m.csv", marked, ("photo", "kind", "is_valid"))
+    assert index_source(path, columns=("photo", "kind", "split")).validation is not None
+    path = write_list(tmp_path / "n.csv", [(*row[:2], "extra") for row in rows()], ("photo", "kind", "set"))
+    assert index_source(path, columns=("photo", "kind")).validation is None, "no names of splits"
+    path = write_list(tmp_path / "o.csv", [(*row[:2], ("train", "extra")[row[2] == "val"]) for row in rows()])
+    with pytest.raises(DataError, match=r"split 'extra' is not known; .*; columns=\('image', 'label', '-'\) does not"):
+        index_source(path)
+
+
+def test_marks_of_validation_and_test_images_are_read_together(tmp_path):
+    def marked(name: str, header: tuple[str, ...], *marks: tuple[object, ...]) -> Path:
+        entries = [(*row[:2], *marks[number % len(marks)]) for number, row in enumerate(rows(6))]
+        return write_list(tmp_path / name, entries, ("photo", "kind", *header))
+
+    folder(tmp_path, each=6)
+    both = ("is_test", "is_valid")
+    found = index_source(marked("a.csv", both, (0, 0), (0, 0), (1, 0), (1, 0), (0, 1), (0, 1)))
+    assert {split: sum(map(len, part.values())) for split, part in by_split(found).items()} == dict.fromkeys(
+        ("train", "validation", "test"), 4
+    )
+    assert "splits from 'is_valid', 'is_test'" in found.remarks[0]
+    with pytest.raises(DataError, match="is 'validation and test' by 'is_valid', 'is_test': the rule is 0 or 1"):
+        index_source(marked("b.csv", both, (0, 0), (0, 0), (1, 1)))
+    empty = index_source(marked("c.csv", both, (0, 0), (0, 0), (1, ""), ("", 0)))
+    assert dict(empty.left_out.counts) == {"with an empty 'is_test'": 3}
+    assert sum(map(len, (empty.test or {}).values())) == 3
+    path = marked("d.csv", ("is_test", "split"), (1, "train"), (0, "train"), (0, "val"), (0, "val"))
+    named = index_source(path, columns=("photo", "kind"))
+    assert "the column 'is_test' holds splits, too, and is not used: 'split' is" in named.remarks
+
+
+def test_columns_of_a_data_set_are_not_guessed_where_they_are_named(tmp_path):
+    source = as_data_set(tmp_path / "set")
+    assert index_source(source).remarks == ("the data set gives images from column 'photo', labels from 'kind'",)
+    assert index_source(source, columns=("Photo", "kind", "-")).classes == LABELS
+    for columns in (("photo", "knd"), ("image", "kind"), ("photo", "knd", "split")):
+        with pytest.raises(DataError, match=r"has no column '(knd|image)'; it has 'photo', 'kind'"):
+            index_source(source, columns=columns)
+    with pytest.raises(DataError, match="the rule is two or three names"):
+        index_source(source, columns=("photo",), fewest=1)
+    remarks = index_source(source, columns=("photo", "kind", "fold")).remarks
+    assert "the column 'fold' is not used: the splits are those of the data set" in remarks
+
+
+@pytest.mark.parametrize("make", [as_csv, as_data_set, as_shards_with_json])
+def test_choices_about_class_folders_are_not_ignored_in_silence(tmp_path, make):
+    source = make(tmp_path / "source")
+    said = index_source(source, allow_empty=True, subfolders="classes").remarks
+    for choice in ("allow_empty=True", "subfolders='classes'"):
+        assert any(f"{choice} has no effect: " in remark and "has no class folders" in remark for remark in said)
+    idle = {"allow_empty": True, "subfolders": "classes", "fewest": 1}
+    assert index_source(source, **idle).remarks == index_source(source).remarks
+
+
+def test_links_are_not_followed_in_a_tar(tmp_path):
+    (remark,) = index_source(as_tar_of_folders(tmp_path / "source"), outside=True).remarks[1:]
+    assert remark == "outside=True has no effect: source is read from tar files, in which links are refused"

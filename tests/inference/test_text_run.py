@@ -10,8 +10,10 @@ import pytest
 import skipway as sw
 from skipway.data.text import ByteTokenizer
 from skipway.data.text.tokenizer_file import FileTokenizer
-from skipway.errors import DataError, spelling
-from skipway.inference import text_run
+from skipway.errors import CheckpointError, DataError, MissingExtraError, SkipwayError, spelling
+from skipway.inference import decoder_folder, text_run
+from skipway.inference.decoder_folder import write_transformers_folder
+from skipway.inference.predict import Predictor
 from skipway.inference.text_inputs import TextInputs
 from skipway.inference.text_run import decode_continuation, generate_text
 from skipway.recipe import Recipe
@@ -101,3 +103,17 @@ def test_another_text_is_read_as_that_of_the_run(of_bytes, tmp_path):
     found = text_run.evaluate_text_run(Path("run"), book)
     assert found.remarks[0] == "read as the text of the run was: divider='='"
     assert not any("column" in remark for remark in found.remarks)
+
+
+def test_a_decoder_without_a_tokenizer_is_no_classifier(tmp_path, monkeypatch):
+    """What is missing is named: the file, or the library that reads it."""
+    folder = tmp_path / "net"
+    write_transformers_folder(sw.build("gpt-nano", depth=1, dim=12, vocab=256, context=8), folder)
+    with pytest.raises(CheckpointError, match=r"is a language model without tokenizer\.json; AutoTokenizer"):
+        generate_text(folder, "Once")
+    (folder / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr(decoder_folder, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'skipway\[tokenizers\]'"):
+        generate_text(folder, "Once")
+    with pytest.raises(SkipwayError, match="a language model takes no images"):
+        Predictor.load(folder)

@@ -19,7 +19,7 @@ from PIL import Image
 import skipway as sw
 from skipway.cli.app import app
 from skipway.inference.metrics import calibration, class_scores, confused_pairs
-from skipway.recipe import Recipe
+from skipway.recipe import Recipe, ResolvedRecipe
 from skipway.report.chart import MOST_POINTS, Axis, Bars, Figure, Point, Series, thinned
 from skipway.report.run.command import again_command, train_command
 from skipway.report.run.curves import training_figures
@@ -319,6 +319,21 @@ def test_the_command_is_short_and_says_what_is_exact(digits, tmp_path, monkeypat
     assert text == "skipway train 'my photos' --mean 0.4914,0.4822,0.4465"
     assert again_command(tmp_path / "runs" / "first") == "skipway train --config runs/first"
     assert train_command(Recipe(data=tmp_path.parent / "other")) == f"skipway train {tmp_path.parent / 'other'}"
+
+
+@pytest.mark.parametrize(
+    ("fields", "idle"),
+    [
+        ({"time": "1h", "steps": 9}, {"--steps", "--epochs"}),
+        ({"steps": 9}, {"--epochs"}),
+        ({"freeze": "all"}, {"--lr", "--epochs"}),
+    ],
+)
+def test_the_command_leaves_out_what_has_no_effect(fields, idle):
+    """Of what a run stores; pasted, it would be remarked upon."""
+    words = shlex.split(train_command(ResolvedRecipe(epochs=30, lr=0.1, **fields)))
+    assert idle.isdisjoint(words)
+    assert all(f"--{name}" in words for name in list(fields)[:1])
 
 
 def test_scores_are_scikit_learns():

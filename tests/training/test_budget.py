@@ -23,6 +23,7 @@ from skipway.errors import SkipwayError
 from skipway.recipe import Recipe
 from skipway.training import clock, image_task, loop, step, train
 from skipway.training.budget import Plan, RunCosts, RunWork, plan_steps, validation_part
+from skipway.training.cross_validation import cross_validate
 from skipway.training.distributed import Ranks
 from skipway.training.resume import resume_recipe
 from skipway.training.run import Progress
@@ -242,6 +243,21 @@ def test_more_time_continues_a_finished_run(tmp_path, machine):
     assert outcome.finished
     assert more[-1]["step"] > 1.5 * rows[-1]["step"]
     assert machine.now - 1000 == pytest.approx(60, rel=0.15), "the first test and report are part of it"
+
+
+def test_folds_share_the_time_of_the_command(tmp_path, machine):
+    """Half of 80 s for each of two, which share also what was lost before: 20 s from the start of the command."""
+    notes = Notes()
+    cross_validate(replace(DIGITS, time="80s"), tmp_path / "cv", folds=2, reporter=notes, began=machine.now - 20)
+    assert machine.now - 980 == pytest.approx(80, rel=0.05)
+    assert notes.said("40.0 s for each of 2 folds")
+    folders = [RunFolder(tmp_path / name) for name in ("cv", "cv/fold-1", "cv/fold-2")]
+    assert [folder.read_config()["recipe"]["time"] for folder in folders] == ["80s", "40s", "40s"]
+    first, second = (folder.read_metrics()[-1]["step"] for folder in folders[1:])
+    assert first == pytest.approx(second, abs=2)
+    done = machine.now
+    assert cross_validate(None, tmp_path / "cv", resume=True).finished
+    assert machine.now == done, "whole folds are not repeated"
 
 
 def test_expensive_validation_is_done_on_a_fixed_part(tmp_path, machine):

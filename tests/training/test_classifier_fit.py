@@ -28,6 +28,7 @@ from skipway.training.linear_head import linear_heads
 from skipway.training.reporter import SilentReporter
 from skipway.training.resume import change_plan
 from skipway.training.run import Progress
+from skipway.weights import hub
 
 BASE = sw.Recipe(model="resnet", depth=8, width=8, epochs=2, batch_size=128, device="cpu", precision="float32")
 
@@ -292,9 +293,13 @@ def test_a_run_with_a_hidden_layer_goes_back_to_its_checkpoint(tmp_path, monkeyp
     assert armed[0].progress.retries == 1
 
 
-def test_a_start_with_a_hidden_layer_is_taken_with_it(tmp_path, small):
+@pytest.mark.parametrize("where", ["a file", "the hub"])
+def test_a_start_with_a_hidden_layer_is_taken_with_it(tmp_path, small, monkeypatch, where):
     first = sw.train(replace(BASE, freeze="all(head='mlp')"), tmp_path / "first")
-    recipe = replace(BASE, start=str(first.folder.best), epochs=1, lr=1e-12, freeze="none")
+    write_hub_folder(first.folder.path, tmp_path / "hub")
+    monkeypatch.setattr(hub, "download", lambda name, others=(): {"hf:me/net": tmp_path / "hub"}[name])
+    start = str(first.folder.best) if where == "a file" else "hf:me/net"
+    recipe = replace(BASE, start=start, epochs=1, lr=1e-12, freeze="none")
     second = sw.train(recipe, tmp_path / "second")
     one, two = (sw.from_pretrained(run.folder.last).head.classifier for run in (first, second))
     assert all(torch.allclose(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from skipway.checkpoint import store
 from skipway.checkpoint.files import read_tensors, write_tensors
 from skipway.checkpoint.store import Checkpoints
 from skipway.data.preprocessing import Preprocessing
-from skipway.errors import CheckpointError, DataError, DivergedError, SkipwayError
+from skipway.errors import CheckpointError, DataError, DivergedError, MissingExtraError, SkipwayError
 from skipway.recipe import Recipe, read_recipe
 from skipway.training import loop, records
 from skipway.training.loop import train
@@ -262,11 +263,21 @@ def test_tensorboard_is_given_every_step_that_is_recorded(tmp_path, monkeypatch)
         hidden.extend(row["step"] for row in steps[:1] if again)
 
     monkeypatch.setattr(records, "write_tensorboard", noted)
+    monkeypatch.setattr(loop, "summary_writer", lambda: None)  # installed or not
     recipe = changed(TINY, tensorboard=True, save_every=2)
     train(recipe, tmp_path / "run", stop=StopAfter(2))
     outcome = train(None, tmp_path / "run", resume=True)
     assert written == [row["step"] for row in outcome.folder.read_steps()] == list(range(1, 11))
     assert hidden == [1, 4]
+
+
+def test_a_package_that_is_missing_is_named_before_the_data_are_read(tmp_path, monkeypatch):
+    """It is needed at the first checkpoint, before which a run would end again and again."""
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setattr(loop, "load_data", lambda *given, **options: pytest.fail("the data were read"))
+    with pytest.raises(MissingExtraError, match=r"tensorboard=True needs tensorboard, .*skipway\[tensorboard\]"):
+        train(changed(TINY, tensorboard=True), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_whose_data_folder_moved_continues(tmp_path):

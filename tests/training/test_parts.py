@@ -186,6 +186,13 @@ def test_recipes_with_earlier_names_are_read(stored, expected):
     assert Recipe.from_json(stored, "config.json") == expected
 
 
+def test_recipes_of_texts_from_before_a_choice_was_left_open():
+    stored = {"grey16": "range", "fit": "crop"}
+    Recipe.from_json(stored, "config.json").check_kind("text", "book.txt")
+    with pytest.raises(SkipwayError, match="grey16='minmax': an option for images"):
+        Recipe.from_json({**stored, "grey16": "minmax"}, "config.json").check_kind("text", "book.txt")
+
+
 @pytest.mark.parametrize("freeze", ["some", "0", -1, "blocks", "blocks(0)", "all(views=-1)", "blocks(1.5)"])
 def test_what_cannot_be_frozen_is_refused(freeze):
     with pytest.raises(SkipwayError, match="freeze|blocks|views"):

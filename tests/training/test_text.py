@@ -123,6 +123,9 @@ def test_the_weights_of_the_lowest_validation_loss_are_kept(tmp_path, recipe):
     assert read_tensors(outcome.folder.best)[1]["epoch"] == best["epoch"]
     assert rows[-1]["validation_loss"] < rows[0]["validation_loss"] < math.log(256)
     assert outcome.evaluation.loss == pytest.approx(outcome.best_loss, rel=1e-6), "tested on the validation text"
+    page = outcome.folder.report.read_text()
+    assert "They were tested on the validation text" in page
+    assert "looked at" not in page
 
 
 def test_samples_of_a_run_are_what_its_network_writes(tmp_path, recipe):
@@ -140,6 +143,7 @@ def test_a_longer_run_goes_on(tmp_path, recipe):
     longer = train(dataclasses.replace(recipe, steps=12), tmp_path / "run", resume=True)
     assert longer.finished
     assert longer.folder.read_metrics()[-1]["step"] == 12
+    assert "The test text was looked at 2 times, the last time at the end" in longer.folder.report.read_text()
 
 
 @pytest.mark.parametrize("sharding", ["none", "full"])

@@ -139,6 +139,27 @@ def test_the_test_split_passes_the_network_once(tmp_path, monkeypatch):
     assert passes.count("test") == 1
 
 
+def test_every_end_at_which_the_test_split_was_looked_at_is_told(tmp_path):
+    """Also where the power fails right after the run was made longer. The same weights again are no further look."""
+
+    class Crash(SilentReporter):
+        def step(self, report):
+            raise RuntimeError("power cut")
+
+    recipe = dataclasses.replace(TINY, data=pictures(tmp_path / "data", each=8), epochs=1)
+    train(recipe, tmp_path / "run")
+    folder = train(None, tmp_path / "run", resume=True).folder
+    assert json.loads(folder.summary.read_text())["tested_after"] == [1]
+    assert "The test images were looked at once, at the end." in folder.report.read_text()
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(dataclasses.replace(recipe, epochs=2), folder.path, resume=True, reporter=Crash())
+    assert train(None, folder.path, resume=True).tested_after == (1, 2)
+    assert json.loads(folder.summary.read_text())["tested_after"] == [1, 2]
+    write_hub_folder(folder.path, tmp_path / "hub")
+    for page in (folder.report, tmp_path / "hub/README.md"):
+        assert "The test images were looked at 2 times, the last time a" in page.read_text()
+
+
 def test_without_validation_images_the_last_epoch_is_the_best(tmp_path):
     class Heard(SilentReporter):
         quiet = False

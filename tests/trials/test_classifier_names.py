@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
+from shutil import copyfile
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from tests.trials.reporting import Notes
 
 import skipway as sw
 from skipway.errors import CheckpointError
+from skipway.weights import hub
 
 OPTIONS = {"model": "resnet8", "width": 4, "device": "cpu", "workers": 0, "precision": "float32", "health": 0.0}
 FROZEN = {**OPTIONS, "epochs": 1, "lr": 1e-9, "weight_decay": 0.0, "seed": 3, "freeze": "none"}
@@ -73,6 +75,14 @@ def test_rows_are_taken_by_name(tmp_path, weights, classes, expected, said):
     found, notes = biases(tmp_path, weights, classes)
     assert found == expected
     assert notes.said(said) if said else not notes.said("rows of the classifier")
+
+
+def test_rows_are_taken_by_name_from_the_hub(tmp_path, weights, monkeypatch):
+    (tmp_path / "net").mkdir()
+    copyfile(weights, tmp_path / "net/model.safetensors")
+    monkeypatch.setattr(hub, "download", lambda name, others=(): {"hf:me/net": tmp_path / "net"}[name])
+    found, _ = biases(tmp_path, "hf:me/net", ("ant", "cat"))
+    assert found == {"ant": 0.0, "cat": 10.0}
 
 
 def test_other_classes_are_refused_where_they_are_not_allowed(tmp_path, weights):

@@ -16,7 +16,7 @@ from torch import nn
 
 import skipway as sw
 from skipway.cli import main
-from skipway.weights import files, read_weights
+from skipway.weights import hub, read_weights
 
 
 def test_a_folder_without_a_study_gets_no_page(tmp_path, capsys):
@@ -44,5 +44,5 @@ def test_optimize_names_an_example_that_does_not_fit():
 
 def test_weights_by_a_name_on_the_hub(tmp_path, monkeypatch):
     torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model.bin")
-    monkeypatch.setattr(files, "download", lambda name: {"hf:org/name": tmp_path}[name])
+    monkeypatch.setattr(hub, "download", lambda name, others: {"hf:org/name": tmp_path}[name])
     assert read_weights("hf:org/name")["a"].tolist() == [1, 1]

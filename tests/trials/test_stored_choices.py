@@ -6,6 +6,8 @@
 | every field | a value that is not the default for each field of `Preprocessing` | every file and reader has it |
 | A9 | weights whose file, folder or library states mean and deviation | inputs are scaled by them, and it is said |
 | A9 | weights equal to the fresh ones, as gains of norms often are | they count as loaded |
+| A9 | weights by a name on the hub, whose folder there states them | as of a folder |
+| A9 | the weights of a run of other choices | every field is followed, but for the crops of the training |
 | A9 | weights about which nothing is stated | a remark that names the options |
 | ONNX | the file's metadata alone, read with NumPy and Pillow | the inputs that the network was trained with |
 """
@@ -30,7 +32,7 @@ from skipway.inference.predict import Predictor
 from skipway.inference.publish import write_hub_folder, write_onnx, write_program
 from skipway.inference.run_evaluation import evaluate_images, evaluate_run
 from skipway.training.reporter import SilentReporter
-from skipway.weights import read_weights
+from skipway.weights import hub, read_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:the run was tested with the mean of the logits:UserWarning")
 SPECIAL = {
@@ -194,7 +196,7 @@ def test_an_onnx_file_is_used_by_its_metadata_alone(special, tmp_path):
         assert abs(shifted.max() / shifted.sum() - own.probability) < 0.1
 
 
-def train_from(weights: Path, folder: Path, **options):
+def train_from(weights: Path | str, folder: Path, **options):
     """A short run from weights; returns its preprocessing and its notes."""
     images = folder / "images"
     if not images.exists():
@@ -249,6 +251,44 @@ def test_inputs_are_scaled_as_the_weights_expect(tmp_path, header, beside, share
     assert any("as stated by" in note and "mean='0.5,0.5,0.5'" in note for note in notes)
 
 
+def test_what_the_hub_states_is_followed(tmp_path, monkeypatch):
+    file = weights(tmp_path / "weights")
+    folder, asked = file.parent, set()
+    file.rename(folder / "model.safetensors")
+    (folder / "preprocessor_config.json").write_text(json.dumps(HUGGING_FACE))
+
+    def download(name, others=()):
+        asked.update(others)
+        return {"hf:me/net": folder}[name]
+
+    monkeypatch.setattr(hub, "download", download)
+    found, notes = train_from("hf:me/net", tmp_path)
+    assert found.mean == found.std == (0.5, 0.5, 0.5)
+    assert (found.crop_share, found.resample) == (0.75, "bilinear")
+    assert {"config.json", "preprocessor_config.json"} <= asked
+    assert not any("nothing beside the weights" in note for note in notes)
+
+
+def test_a_start_from_a_run_is_followed_in_every_field(special, tmp_path):
+    """A network trained on stretched 16-bit images sees such images when it is trained further."""
+    run, images = special
+    notes = Notes()
+    recipe = sw.Recipe(images, model="resnet", depth=8, width=4, epochs=1, batch_size=8, flip=False, start=run)
+    sw.train(recipe, tmp_path / "run", reporter=notes)
+    found = sw.from_pretrained(tmp_path / "run").preprocessing
+    for name in SPECIAL.keys() - {"crop", "flip_test"}:  # choices of the training, and of its evaluation
+        assert getattr(found, name) == expected(name), name
+    (said,) = [note for note in notes.notes if "as stated by" in note]
+    assert all(part in said for part in ("grey16='minmax'", "fit='pad'", "size=24"))
+    evaluate_run(tmp_path / "run")  # its recipe has them, too
+    sw.train(dataclasses.replace(recipe, epochs=2), tmp_path / "run", resume=True)
+    assert sw.from_pretrained(tmp_path / "run").preprocessing == found
+    chosen = {"grey16": "range", "fit": "squeeze", "size": 16}
+    sw.train(dataclasses.replace(recipe, **chosen), tmp_path / "other")
+    other = sw.from_pretrained(tmp_path / "other").preprocessing
+    assert {name: getattr(other, name) for name in chosen} == chosen
+
+
 def test_options_go_before_what_the_weights_state(tmp_path):
     file = weights(tmp_path / "weights", {"preprocessing": {**HALF, "crop_share": 0.75}})
     found, _ = train_from(file, tmp_path, mean="0.1,0.2,0.3", std="0.25")
@@ -286,6 +326,9 @@ def test_the_preprocessing_is_of_the_file_that_weights_are_read_from(tmp_path):
         stated = json.dumps({"mean": [mean], "std": [0.5]})
         save_file({"w": torch.full((1,), mean)}, tmp_path / name, {"preprocessing": stated})
     assert find_data_config(tmp_path, "skipway", None).mean == (read_weights(tmp_path)["w"].item(),)
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "best.safetensors").rename(tmp_path / "alone/net.safetensors")
+    assert find_data_config(tmp_path / "alone", "skipway", None).mean == (0.75,)
 
 
 @pytest.mark.parametrize(

@@ -47,11 +47,11 @@ def evaluate(
     is executed.
 
     Args:
-        run: Run folder, or a file of weights in it.
+        run: Run folder, file of weights, hub folder, folder of transformers, or hf:ORG/NAME.
         data: Other images, as for `skipway train`, of classes of the run, or another text. [test split of the run]
         flip: Average the logits with those of the mirrored image. [as the run]
         json: Print JSON, with the confusion matrix up to 1,000 classes.
-        batch_size: Images or sequences per forward pass. [as in training]
+        batch_size: Images or sequences per forward pass. [as in training; 64 for DATA, 16 for text]
         outside: Follow links out of DATA.
         max_megapixels: Refuse images that decode to more megapixels; JPEG counts as reduced.
         columns: Column names of a list, or of the text in a table.
@@ -61,10 +61,11 @@ def evaluate(
     if batch_size is not None and batch_size < 1:
         raise SkipwayError(f"--batch-size {batch_size}: the rule is --batch-size >= 1")
     from skipway.data.sources.columns import parse_column, parse_columns
+    from skipway.inference.decoder_folder import find_decoder_folder
     from skipway.inference.predict import find_text_inputs
     from skipway.inference.run_evaluation import evaluate_images, evaluate_run
 
-    if find_text_inputs(run) is not None:
+    if find_text_inputs(run) is not None or find_decoder_folder(run) is not None:
         options = {"--flip": flip is not None, "--max-megapixels": max_megapixels != 64.0}
         refuse(options, ": an option for images, and this run is of text")
         options = {f"--{name.replace('_', '-')}": bool(value) for name, value in network.choices.items()}

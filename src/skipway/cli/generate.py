@@ -31,7 +31,7 @@ def generate(
     """Continue a text with a trained language model. No code from the run folder is executed.
 
     Args:
-        run: Run folder, or file of weights.
+        run: Run folder, file of weights, folder of transformers, or hf:ORG/NAME.
         prompt: The beginning of the text. [a new document, where the tokenizer separates documents]
         length: Tokens to add.
         temperature: 0 takes the likeliest token, 1 draws as the model says.

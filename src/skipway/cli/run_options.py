@@ -5,25 +5,36 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-from skipway.errors import SkipwayError
+from skipway.errors import SkipwayError, printable
 
 if TYPE_CHECKING:
     from cyclopts import App, Token
     from cyclopts.argument import ArgumentCollection
 
-__all__ = ["check_whole_numbers", "fill_from_preset", "fill_from_run"]
+    from skipway.recipe import Recipe
+
+__all__ = ["check_whole_numbers", "dropped_options", "fill_from_preset", "fill_from_run"]
 
 FOLLOWS = {
     "warmup": ("schedule",),
-    "lr": ("optimizer",),
+    "lr": ("optimizer", "batch_size", "start"),
     "weight_decay": ("optimizer",),
+    **dict.fromkeys(("layer_decay", "freeze", "grey16", "fit"), ("start",)),
+    **dict.fromkeys(("crop", "grow_from"), ("size",)),
+    "crop_share": ("size", "crop", "fit", "start", "model"),
+    "resample": ("data", "start", "model"),
+    **dict.fromkeys(("mean", "std"), ("data", "channels", "fit", "grey16", "start", "model")),
+    **dict.fromkeys(("channels", "flip"), ("data",)),
     "epochs": ("steps", "time"),
     "steps": ("epochs", "time"),
     "time": ("epochs", "steps"),
 }
 """For options of a run the others that they belong to, as in `Preset`: a run stores what it chose by them, too."""
+
+TEXT_FOLLOWS = {**FOLLOWS, "lr": (*FOLLOWS["lr"], "model", "depth", "width")}
+"""The same for a run on text, whose rate depends on the width of the network."""
 
 
 def fill_from_run(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
@@ -47,12 +58,42 @@ def fill_from_run(app: App, commands: tuple[str, ...], arguments: ArgumentCollec
     from skipway.presets import values_beside
     from skipway.recipe import LENGTHS, read_recipe
 
-    file = path / "config.json" if path.is_dir() or "--resume" in given else path
+    file = path / "config.json" if "--resume" in given else recipe_file(path)
     values = {name: value for name, value in read_recipe(file).to_json().items() if value is not None}
     idle = [name for name in LENGTHS if name in values][1:]
     values = {name: value for name, value in values.items() if name not in idle}
-    values = values_beside(values, fields_of(given), FOLLOWS)
+    values = values_beside(values, fields_of(given), TEXT_FOLLOWS if "tokenizer" in values else FOLLOWS)
     Dict(values, source=str(file), use_commands_as_keys=False)(app, commands, arguments)
+
+
+def recipe_file(config: Path) -> Path:
+    """The file with the recipe that `--config` names: a run folder, or the file itself."""
+    return config / "config.json" if config.is_dir() else config
+
+
+def dropped_options(config: Path, recipe: Recipe) -> str | None:
+    """A sentence about the options of a run that its repetition chooses anew, see `FOLLOWS`; None where there are none.
+
+    Args:
+        config: what `--config` names.
+        recipe: of the repetition, as `fill_from_run` made it.
+    """
+    from skipway.recipe import LENGTHS, Recipe, read_recipe
+    from skipway.report.run.command import train_command
+
+    changes = read_recipe(recipe_file(config)).changes(recipe)
+    left: dict[str, Any] = {
+        name: old
+        for name, (old, new) in changes.items()
+        if name in FOLLOWS and name not in LENGTHS and old is not None and new in (None, "auto")
+    }
+    if not left:
+        return None
+    options = train_command(Recipe(**left)).removeprefix("skipway train ")
+    return (
+        f"not taken from {printable(config)}, since they were chosen beside other options than these: {options}; "
+        "append what is to stay"
+    )
 
 
 def fill_from_preset(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:

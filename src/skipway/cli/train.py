@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from skipway.cli import BEGAN
+from skipway.cli.run_options import dropped_options
 from skipway.errors import SkipwayError, duration
 from skipway.presets import PRESETS
 from skipway.recipe import Recipe
@@ -74,11 +75,20 @@ def train(
 
         if preset is not None:
             PRESETS[preset].check(preset, recipe.data, recipe.initial_weights)
+        if config is not None and (dropped := dropped_options(config, recipe)) is not None:
+            reporter.message("note", dropped)
         folder = unused_folder(recipe.data, choose_task(recipe).default_data) if out is None else out
 
         if folds is not None or (resume and is_cross_validation(folder)):
             found = cross_validate(
-                recipe, folder, folds, resume=resume, overwrite=overwrite, reporter=reporter, stop=stopping.requested
+                recipe,
+                folder,
+                folds,
+                resume=resume,
+                overwrite=overwrite,
+                reporter=reporter,
+                stop=stopping.requested,
+                began=BEGAN[0],
             )
             for line in fold_lines(found):
                 reporter.message(*line)

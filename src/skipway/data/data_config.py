@@ -1,26 +1,34 @@
-"""The preprocessing that published weights expect, where their file, its folder or their library states it."""
+"""What weights state about themselves, in their file, its folder or their library: the preprocessing, the classes."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from skipway.data.fit import RESAMPLES
+from skipway.data.decode import Grey16
+from skipway.data.fit import FITS, RESAMPLES, Fit
 from skipway.data.loader import IMAGENET_MEAN, IMAGENET_STD
 from skipway.data.preprocessing import finite_numbers
 from skipway.data.sources.index import class_name
 from skipway.errors import CheckpointError, printable
-from skipway.weights.files import LAYOUT
+from skipway.validation import is_whole
+from skipway.weights.files import find_file
+from skipway.weights.hub import local_path
+from skipway.weights.stored_config import CONFIG
 from skipway.zoo import import_library
 
-__all__ = ["DataConfig", "find_class_names", "find_data_config", "find_hidden_layer"]
+__all__ = ["DataConfig", "WeightsDescription", "find_data_config"]
+
+PREPROCESSOR = "preprocessor_config.json"
+"""Where transformers describes how images are made inputs."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,9 @@ class DataConfig:
         origin: where that is stated, in words.
         crop_share: side of the central crop over the shorter side; None where it is not stated.
         resample: "bicubic" or "bilinear"; None where it is not stated, or another filter.
+        grey16: conversion of 16-bit grey to 8 bits; None where it is not stated.
+        fit: how a rectangle becomes a square; None where it is not stated.
+        size: side of the input in pixels, of the weights of a run; None where it is not stated.
     """
 
     mean: tuple[float, ...]
@@ -40,6 +51,61 @@ class DataConfig:
     origin: str
     crop_share: float | None = None
     resample: str | None = None
+    grey16: Grey16 | None = None
+    fit: Fit | None = None
+    size: int | None = None
+
+
+class WeightsDescription:
+    """What weights state about their inputs and outputs: the header of a file of ours, and beside it the files
+    `preprocessor_config.json` (transformers) and `config.json` (transformers, timm).
+
+    Args:
+        source: file or folder of the weights, or their name on the Hugging Face hub, "hf:org/name".
+
+    Raises:
+        MissingExtraError: a name on the hub without huggingface_hub.
+        CheckpointError: a description beside the weights is damaged, or the hub does not have the weights.
+    """
+
+    def __init__(self, source: str | Path) -> None:
+        path = local_path(source, (PREPROCESSOR, CONFIG))
+        self.folder = path if path.is_dir() else path.parent
+        self.file = path
+        with suppress(CheckpointError, OSError):  # there are no weights, or several: their reader says so
+            self.file = find_file(path, lambda sentence: None) if path.is_dir() else path
+        self.preprocessing, self.model = read_header(self.file)
+        self.preprocessor, self.config = (read_description(self.folder / name) for name in (PREPROCESSOR, CONFIG))
+
+    @property
+    def data_config(self) -> DataConfig | None:
+        """The preprocessing that the weights expect: by the first of the three that states mean and deviation."""
+        timm = self.config.get("pretrained_cfg")
+        return (
+            of_run(self.preprocessing, printable(self.file))
+            or of_transformers(self.preprocessor, printable(self.folder / PREPROCESSOR))
+            or of_timm_hub(timm if isinstance(timm, dict) else {}, printable(self.folder / CONFIG))
+        )
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """The names of the classes in the order of the outputs: by the header, else by the `label_names` (timm) or
+        `id2label` (transformers) of `config.json`; None where nothing states them.
+        """
+        stated: Any = self.preprocessing.get("classes")
+        if stated is None:
+            stated = self.config.get("label_names")
+            by_number = self.config.get("id2label")
+            if isinstance(by_number, dict) and all(str(number) in by_number for number in range(len(by_number))):
+                stated = [by_number[str(number)] for number in range(len(by_number))]
+        named = isinstance(stated, list) and all(isinstance(name, str) for name in stated) and len(set(stated)) > 1
+        return tuple(map(class_name, stated)) if named else None
+
+    @property
+    def hidden_layer(self) -> list[Any] | None:
+        """The name of the classifier and the width of its hidden layer, where the weights of a run have one."""
+        head = self.model.get("head")
+        return head if isinstance(head, list) and len(head) == 2 else None
 
 
 def find_data_config(
@@ -47,13 +113,12 @@ def find_data_config(
 ) -> DataConfig | None:
     """Find the preprocessing that weights expect; None where nothing states it.
 
-    In this order: the header of a file of ours; `preprocessor_config.json` (transformers) and `config.json` with a
-    `pretrained_cfg` (timm) in the same folder; timm, if it is installed and has the model; torchvision's transform
-    of the weights that it publishes in a file of that name, or of its newest ones, else ImageNet's mean and deviation,
-    which all of its classifiers have.
+    In this order: what the weights state themselves, see `WeightsDescription`; timm, if it is installed and has the
+    model; torchvision's transform of the weights that it publishes in a file of that name, or of its newest ones, else
+    ImageNet's mean and deviation, which all of its classifiers have.
 
     Args:
-        source: file or folder of the weights; None where they come from a library, which alone is asked then.
+        source: of the weights; None where they come from a library, which alone is asked then.
         names: library that the names of the weights come from, see `skipway.load`.
         model: name of the network, as timm knows it.
         file: name of the file that a library publishes the weights in; None: that of `source`, if any.
@@ -65,9 +130,8 @@ def find_data_config(
     (0.485, 0.456, 0.406)
     """
     if source is not None:
-        path = Path(source)
-        file = path.name if file is None else file
-        found = next(filter(None, (own_header(path), *described_beside(path))), None)
+        file = Path(source).name if file is None else file
+        found = WeightsDescription(source).data_config
         if found is not None:
             return found
     if names == "timm" and model is not None and find_spec("timm") is not None:
@@ -79,80 +143,52 @@ def find_data_config(
     return None
 
 
-def find_class_names(source: str | Path) -> tuple[str, ...] | None:
-    """Find the names of the classes that weights put out, in the order of the outputs; None where nothing states them.
-
-    In this order: the header of a file of ours; `config.json` in the same folder, with `id2label` (transformers) or
-    `label_names` (timm).
-    """
-    path = Path(source)
-    stated: Any = (read_own_entry(path, "preprocessing") or ("", {}))[1].get("classes")
-    file = (path if path.is_dir() else path.parent) / "config.json"
-    if stated is None and file.is_file():
-        config = read_description(file)
-        stated = config.get("label_names")
-        by_number = config.get("id2label")
-        if isinstance(by_number, dict) and all(str(number) in by_number for number in range(len(by_number))):
-            stated = [by_number[str(number)] for number in range(len(by_number))]
-    named = isinstance(stated, list) and all(isinstance(name, str) for name in stated) and len(set(stated)) > 1
-    return tuple(map(class_name, stated)) if named else None
-
-
-def find_hidden_layer(source: str | Path) -> list[Any] | None:
-    """The name of the classifier and the width of its hidden layer, where the weights of a run have one."""
-    _, model = read_own_entry(Path(source), "model") or ("", {})
-    head = model.get("head")
-    return head if isinstance(head, list) and len(head) == 2 else None
-
-
-def read_own_entry(path: Path, name: str) -> tuple[Path, dict[str, Any]] | None:
-    """An entry of the header of the file that weights are read from, where a run wrote it."""
-    file = next((path / name for name in LAYOUT if (path / name).is_file()), path)
-    try:
+def read_header(file: Path) -> list[dict[str, Any]]:
+    """What a run wrote about inputs and network into a file of weights, each empty where there is nothing."""
+    found: list[Any] = [{}, {}]
+    with suppress(OSError, ValueError, RecursionError, SafetensorError):  # none of ours: its reader says what is wrong
         with safe_open(file, framework="pt") as content:
-            stated = json.loads((content.metadata() or {}).get(name, "null"))
-    except (OSError, ValueError, SafetensorError):  # no file of ours; what is wrong with it, its reader says
-        return None
-    return (file, stated) if isinstance(stated, dict) else None
-
-
-def own_header(path: Path) -> DataConfig | None:
-    """What the header of a file of ours states."""
-    found = read_own_entry(path, "preprocessing")
-    if found is None:
-        return None
-    file, stated = found
-    return of_mapping(stated, "mean", "std", printable(file), stated.get("crop_share"), stated.get("resample"))
-
-
-def described_beside(path: Path) -> Iterator[DataConfig | None]:
-    """What the folder of the weights says in the files of transformers and of timm."""
-    folder = path if path.is_dir() else path.parent
-    file = folder / "preprocessor_config.json"
-    if file.is_file():
-        stated = read_description(file)
-        if stated.get("do_normalize") is False:
-            stated = {**stated, "image_mean": [0.0], "image_std": [1.0]}
-        yield of_mapping(
-            stated, "image_mean", "image_std", printable(file), hugging_face_share(stated), stated.get("resample")
-        )
-    file = folder / "config.json"
-    if file.is_file():
-        stated = read_description(file).get("pretrained_cfg")
-        if isinstance(stated, dict):
-            share, resample = stated.get("crop_pct"), stated.get("interpolation")
-            yield of_mapping(stated, "mean", "std", printable(file), share, resample)
+            stored = content.metadata() or {}
+        found = [json.loads(stored.get(name, "{}")) for name in ("preprocessing", "model")]
+    return [each if isinstance(each, dict) else {} for each in found]
 
 
 def read_description(file: Path) -> dict[str, Any]:
-    """A JSON object."""
+    """A JSON object, empty where there is no file or another value in it.
+
+    Raises:
+        CheckpointError: it is no JSON.
+    """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{printable(file)} is damaged: {printable(str(error))}; fetch or write it again"
         ) from error
     return content if isinstance(content, dict) else {}
+
+
+def of_run(stated: Mapping[str, Any], origin: str) -> DataConfig | None:
+    """What the header of weights of ours states."""
+    found = of_mapping(stated, "mean", "std", origin, stated.get("crop_share"), stated.get("resample"))
+    possible = {
+        "grey16": stated.get("grey16") in get_args(Grey16),
+        "fit": stated.get("fit") in FITS,
+        "size": is_whole(stated.get("size"), 1),
+    }
+    return found and replace(found, **{name: stated[name] for name, holds in possible.items() if holds})
+
+
+def of_transformers(stated: Mapping[str, Any], origin: str) -> DataConfig | None:
+    """What `preprocessor_config.json` states."""
+    if stated.get("do_normalize") is False:
+        stated = {**stated, "image_mean": [0.0], "image_std": [1.0]}
+    return of_mapping(stated, "image_mean", "image_std", origin, hugging_face_share(stated), stated.get("resample"))
+
+
+def of_timm_hub(stated: Mapping[str, Any], origin: str) -> DataConfig | None:
+    """What the `pretrained_cfg` of timm's `config.json` states."""
+    return of_mapping(stated, "mean", "std", origin, stated.get("crop_pct"), stated.get("interpolation"))
 
 
 def hugging_face_share(stated: Mapping[str, Any]) -> float | None:

@@ -43,7 +43,7 @@ class Data:
         splits: which image is in which split, and which splits were split off here.
         unreadable: (file, reason) of every image that was skipped.
         duplicates: groups of files with the same content.
-        leaked: (file of another split, test file) with the same content.
+        leaked: (file of an earlier split, file of a later one) with the same content: training, validation, test.
         remarks: sentences about what a user may not expect.
     """
 

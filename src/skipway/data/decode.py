@@ -44,7 +44,6 @@ __all__ = [
         "UnreadableImage",
         "decode",
         "decode_with_header",
-        "find_fault",
     ),
     *("read_header", "reporting_faults", "silence_pillow", "upright_image"),
 ]
@@ -188,15 +187,6 @@ def read_header(source: Path | bytes, name: Path | None = None) -> Header:
     """
     with reporting_faults(source, name) as (content, path), open_image(content, path) as image:
         return header_of(image)
-
-
-def find_fault(source: Path | bytes, name: Path | None = None) -> str:
-    """Decode a file to its end at the lowest resolution; return the reason why it cannot be used, else ""."""
-    try:
-        decode(source, DecodeSpec(1, MIN_SIDE), name=name)
-    except UnreadableImage as error:
-        return error.reason
-    return ""
 
 
 def choose_reduction(image: Image.Image, path: Path, spec: DecodeSpec, least: int) -> int:

@@ -221,15 +221,17 @@ def check_readable(found: SourceIndex, choices: DataChoices, bad: Sequence[tuple
 
 
 def find_leaks(splits: Splits, groups: dict[str, tuple[str, ...]]) -> tuple[tuple[str, str], ...]:
-    """Pairs (file, test file) of the same content, where `file` is in the training or validation split; one pair per
-    test image.
+    """Pairs (file, later file) of the same content, of which `file` is in an earlier split, in the order training,
+    validation, test; one pair per image of the later split.
     """
-    others = {sample.file for sample in splits.train + splits.validation}
+    earlier = {sample.file for sample in splits.train}
     pairs = []
-    for sample in splits.test:
-        twin = next((file for file in groups.get(sample.file, ()) if file in others), None)
-        if twin is not None:
-            pairs.append((twin, sample.file))
+    for held in (splits.validation, splits.test):
+        for sample in held:
+            twin = next((file for file in groups.get(sample.file, ()) if file in earlier), None)
+            if twin is not None:
+                pairs.append((twin, sample.file))
+        earlier |= {sample.file for sample in held}
     return tuple(pairs)
 
 
@@ -248,15 +250,19 @@ def copy_remarks(splits: Splits, groups: dict[str, tuple[str, ...]], leaked: Seq
         said = ", ".join(f"{printable(file)!r} as {printable(splits.classes[label[file]])!r}" for file in torn[0][:3])
         verb = "occurs" if len(torn) == 1 else "occur"
         remarks.append(f"{counted(len(torn), 'image')} {verb} in more than one class, the first: {said}")
-    if leaked:
-        twin, file = leaked[0]
-        verb = "is" if len(leaked) == 1 else "are"
-        trained = {sample.file for sample in splits.train}
-        where = "also trained on" if all(pair[0] in trained for pair in leaked) else "in other splits as well"
-        remarks.append(
-            f"{counted(len(leaked), 'test image')} {verb} {where}, so the accuracy is too optimistic; the first: "
-            f"{printable(file)!r} is {printable(twin)!r}"
-        )
+    trained = {sample.file for sample in splits.train}
+    for word, held in (("validation", splits.validation), ("test", splits.test)):
+        files = {sample.file for sample in held}
+        pairs = [pair for pair in leaked if pair[1] in files]
+        if pairs:
+            twin, file = pairs[0]
+            verb = "is" if len(pairs) == 1 else "are"
+            where = "also trained on" if all(pair[0] in trained for pair in pairs) else "in other splits as well"
+            result = "accuracy" if word == "test" else "validation accuracy"
+            remarks.append(
+                f"{counted(len(pairs), f'{word} image')} {verb} {where}, so the {result} is too optimistic; the first: "
+                f"{printable(file)!r} is {printable(twin)!r}"
+            )
     return remarks
 
 

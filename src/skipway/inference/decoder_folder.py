@@ -26,7 +26,7 @@ from skipway.tracing import preserved_state
 from skipway.weights import export_names, load_state, read_weights
 from skipway.weights.decoder_classes import CLASSES
 from skipway.weights.decoder_config import read_decoder_config, write_decoder_config
-from skipway.weights.hub import PREFIX, download
+from skipway.weights.hub import local_path
 from skipway.weights.stored_config import CONFIG, read_config
 from skipway.zoo import import_library
 
@@ -45,10 +45,9 @@ TRIAL = 32
 
 def find_decoder_folder(path: str | Path) -> Path | None:
     """A folder of transformers, or one from the hub, with a decoder that the family computes; None: it is none."""
-    if str(path).startswith(PREFIX):
-        path = download(str(path), (CONFIG, *TOKENIZER_FILES))
-    described = read_config(Path(path)) if Path(path).is_dir() else None
-    return None if described is None or described["model_type"] not in CLASSES else Path(path)
+    folder = local_path(path, (CONFIG, *TOKENIZER_FILES))
+    described = read_config(folder) if folder.is_dir() else None
+    return None if described is None or described["model_type"] not in CLASSES else folder
 
 
 def load_decoder(folder: Path, *, remark: Callable[[str], None] = warnings.warn) -> GPT:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 __all__ = [
     *("Bin", "Calibration", "ClassScores", "calibration", "class_scores", "confused_pairs", "confusion_entries"),
-    "percent",
+    *("looked_at", "percent"),
 ]
 
 # as in Guo 2017, "On calibration of modern neural networks"
@@ -143,3 +143,16 @@ def percent(fraction: float) -> str:
     ('98.6 %', '100.0 %')
     """
     return f"{100 * fraction:.1f} %"
+
+
+def looked_at(tests: int, when: str) -> str:
+    """How often a test split was looked at, the last time at the time that `when` says, as the end of a sentence.
+
+    >>> looked_at(1, "at the end")
+    'looked at once, at the end'
+    >>> looked_at(2, "at the end")
+    'looked at 2 times, the last time at the end: the run was made longer when an earlier result was known'
+    """
+    if tests < 2:
+        return f"looked at once, {when}"
+    return f"looked at {tests} times, the last time {when}: the run was made longer when an earlier result was known"

@@ -28,8 +28,9 @@ from skipway.inference.network import build_classifier, is_ours
 from skipway.inference.reference_outputs import find_change, refuse_change
 from skipway.inference.text_inputs import TextInputs
 from skipway.models import find_config
+from skipway.models.gpt import GPT
 from skipway.weights.formats import file_format
-from skipway.weights.hub import PREFIX, download
+from skipway.weights.hub import local_path
 from skipway.zoo import source_of
 
 if TYPE_CHECKING:
@@ -131,8 +132,8 @@ def find_text_inputs(path: str | Path) -> TextInputs | None:
     Raises:
         CheckpointError: there is no such path, or the file is damaged.
     """
-    bare = Path(path).is_dir() and not any((Path(path) / name).is_file() for name in WEIGHT_FILES)
-    if str(path).startswith(PREFIX) or bare:
+    path = local_path(path)
+    if path.is_dir() and not any((path / name).is_file() for name in WEIGHT_FILES):
         return None
     file = weights_file(path)
     if file_format(file) != "safetensors":
@@ -167,9 +168,7 @@ def weights_file(path: str | Path, *, code: bool = False) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    if isinstance(path, str) and path.startswith(PREFIX):
-        path = download(path, (CONFIG, *(CODE if code else ())))
-    path = Path(path)
+    path = local_path(path, (CONFIG, *(CODE if code else ())))
     if not path.is_dir():
         if not path.exists():
             raise CheckpointError(f"{printable(path)} does not exist (a name on the Hugging Face hub starts with hf:)")
@@ -312,7 +311,7 @@ class Predictor:
 
     def __init__(self, model: nn.Module, *, device: str | None = None, max_megapixels: float = MAX_MEGAPIXELS) -> None:
         preprocessing = getattr(model, "preprocessing", None)
-        if isinstance(getattr(model, "text", None), TextInputs):
+        if isinstance(model, GPT) or isinstance(getattr(model, "text", None), TextInputs):
             raise SkipwayError("a language model takes no images: skipway generate RUN continues a text")
         if not isinstance(preprocessing, Preprocessing):
             raise SkipwayError("the network has no preprocessing: load it with skipway.from_pretrained")

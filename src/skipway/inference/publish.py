@@ -27,7 +27,7 @@ from skipway.errors import CheckpointError, SkipwayError, counted, printable
 from skipway.inference.code_file import code_file, local_imports, network_file, portable_file, portable_name
 from skipway.inference.decoder_folder import find_decoder_folder, write_transformers_folder
 from skipway.inference.evaluation import wilson_interval
-from skipway.inference.metrics import percent
+from skipway.inference.metrics import looked_at, percent
 from skipway.inference.onnx import Sides, export_onnx, export_program
 from skipway.inference.predict import NetworkChoices, describe_network, from_pretrained, weights_file
 from skipway.inference.text_inputs import TextInputs
@@ -292,10 +292,13 @@ def model_card(
         low, high = wilson_interval(correct, images)
         validation = int(result.get("validation_images") or 0)
         chosen = f"on {counted(validation, 'validation image')}" if validation else "as those of the last epoch"
+        tests = result.get("tested_after")
+        looked = looked_at(
+            len(tests) if isinstance(tests, list) else 1, f"after these weights had been chosen {chosen}"
+        )
         figures = (
             f"Correctly classified: {percent(correct / max(1, images))} of {counted(images, 'test image')} "
-            f"(95 % interval {100 * low:.1f} to {percent(high)}). The test images were looked at once, after these "
-            f"weights had been chosen {chosen}."
+            f"(95 % interval {100 * low:.1f} to {percent(high)}). The test images were {looked}."
         )
         metric = {"type": "accuracy", "value": correct / max(1, images)}
         task = {"type": "image-classification"}

@@ -15,14 +15,18 @@ from torch import nn
 from skipway.checkpoint.files import read_json
 from skipway.data.sources.splits import SPLITS, Split
 from skipway.data.text import TextChoices, TextData, Tokenizer, load_text
-from skipway.errors import CheckpointError, DataError, SkipwayError, counted, printable, spell
+from skipway.data.text.tokenizer_file import FILE, WAY_OUT
+from skipway.errors import CheckpointError, DataError, MissingExtraError, SkipwayError, counted, printable, spell
 from skipway.hardware.device import choose_device
+from skipway.inference.decoder_folder import find_decoder_folder
 from skipway.inference.generate import generate
-from skipway.inference.predict import from_pretrained, weights_file
+from skipway.inference.predict import from_pretrained
 from skipway.inference.run_evaluation import autocast_for
 from skipway.inference.text_evaluation import TextEvaluation, evaluate_text
 from skipway.inference.text_inputs import TextInputs
 from skipway.recipe import Recipe, ResolvedRecipe
+from skipway.weights.hub import local_path
+from skipway.weights.stored_config import CONFIG
 
 __all__ = ["TextRunEvaluation", "decode_continuation", "evaluate_text_run", "generate_text", "with_test"]
 
@@ -49,11 +53,18 @@ def load_text_model(path: str | Path, device: str) -> tuple[nn.Module, TextInput
     """A language model with what it has to be given.
 
     Raises:
+        CheckpointError: the weights cannot be used, or no tokenizer lies beside those of others.
+        MissingExtraError: there is one, and the library that reads it is not installed.
         SkipwayError: the weights are those of another kind of network.
     """
     model = from_pretrained(path)
     inputs = getattr(model, "text", None)
     if not isinstance(inputs, TextInputs):
+        folder = find_decoder_folder(path)
+        if folder is not None and (folder / FILE).is_file():
+            raise MissingExtraError("tokenizers", "tokenizers", f"the tokenizer of {printable(folder)}")
+        if folder is not None:
+            raise CheckpointError(f"{printable(folder)} is a language model without {FILE}; {WAY_OUT}")
         raise SkipwayError(f"{printable(str(path))} classifies images: skipway predict RUN IMAGES… uses it")
     return model.to(choose_device(device)), inputs
 
@@ -201,7 +212,8 @@ def stored_text(path: Path, inputs: TextInputs) -> tuple[TextData, str]:
 
 def config_file(path: Path) -> Path:
     """The file beside the weights that a run describes itself in."""
-    return weights_file(path).parent / "config.json"
+    path = local_path(path, (CONFIG,))
+    return (path if path.is_dir() else path.parent) / CONFIG
 
 
 def stored_recipe(path: Path) -> Recipe | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 from skipway._version import __version__
 from skipway.checkpoint.files import read_json, write_json
 from skipway.checkpoint.store import remove_path
-from skipway.errors import CheckpointError, SkipwayError, counted, printable, spell
+from skipway.errors import CheckpointError, SkipwayError, counted, duration, printable, spell
 from skipway.inference.evaluation import wilson_interval
 from skipway.inference.metrics import percent
 from skipway.recipe import Recipe
@@ -159,12 +160,13 @@ def cross_validate(
     overwrite: bool = False,
     reporter: Reporter | None = None,
     stop: Callable[[], bool] = lambda: False,
+    began: float | None = None,
 ) -> CrossValidation:
     """Train `recipe` once for each fold of the training images and test every network on the fold it has not seen.
 
     Every class is divided evenly over the folds, by `Recipe.seed` and the names of the images; copies stay together.
     A test split that the source has itself is left alone. The validation split, which chooses the epoch, is the
-    source's own, or split off the images outside the fold.
+    source's own, or split off the images outside the fold. Each fold gets an equal part of `Recipe.time`.
 
     Args:
         recipe: how each network is trained; None with `resume` takes the one in `out`.
@@ -174,6 +176,7 @@ def cross_validate(
         overwrite: replace the cross-validation in `out`.
         reporter: where to report; None reports nowhere.
         stop: asked after every step; once it returns True the state is saved and the call returns.
+        began: when the command began, on the clock of `time.monotonic`, from which `Recipe.time` counts; None: now.
 
     Raises:
         DataError: a class has fewer images than there are folds, or the images cannot be trained on.
@@ -187,6 +190,7 @@ def cross_validate(
     >>> found.images, sorted(result.images for result in found.results)
     (1797, [898, 899])
     """
+    began = time.monotonic() if began is None else began
     folder = RunFolder(out)
     recipe, folds = resolve_folds(recipe, folder, folds, resume=resume, overwrite=overwrite)
     if choose_task(recipe).kind == "text":
@@ -197,20 +201,31 @@ def cross_validate(
         if ranks.first:
             prepare_folder(folder, recipe, folds, overwrite=overwrite)
         ranks.barrier()
+        share, end = (recipe.budget or 0.0) / folds, None
+        if share:
+            if reporter is not None:
+                told = f"{spell('time', recipe.time)}: {duration(share)} for each of {counted(folds, 'fold')}"
+                reporter.message("plan", told)
+            recipe = dataclasses.replace(recipe, time=f"{share:.8g}s")
         results: list[FoldResult] = []
         for number in range(1, folds + 1):
             own = RunFolder(out / f"fold-{number}")
             if number > 1:  # the first fold chose for all
                 recipe = adopt_choices(recipe, RunFolder(out / "fold-1").read_config()["recipe"])
+            mine = dataclasses.replace(recipe, fold=f"{number}/{folds}")
             try:
-                done = train_fold(dataclasses.replace(recipe, fold=f"{number}/{folds}"), own, reporter, stop)
+                if not is_done(own, mine):
+                    now, left = time.monotonic(), folds - number + 1
+                    end = began + left * share if end is None else end
+                    # by the start of the command, and by folds that took longer
+                    lost = max(0.0, share - (end - now) / left)
+                    if not train_fold(mine, own, reporter, stop, now - lost):
+                        break
             except SkipwayError:
                 if ranks.first and number == 1 and not own.path.exists():  # refused before anything was trained
                     remove_path(folder.config)
                     out.rmdir()
                 raise
-            if not done:
-                break
             results.append(read_result(own, number))
             if reporter is not None:
                 told = f"{percent(results[-1].accuracy)} of {counted(results[-1].images, 'test image')}"
@@ -266,16 +281,16 @@ def prepare_folder(folder: RunFolder, recipe: Recipe, folds: int, *, overwrite: 
     write_json(folder.config, values)
 
 
-def train_fold(recipe: Recipe, folder: RunFolder, reporter: Reporter | None, stop: Callable[[], bool]) -> bool:
-    """Train and test one fold unless that is done already; False if told to stop before its end."""
-    if is_done(folder, recipe):
-        return True
+def train_fold(
+    recipe: Recipe, folder: RunFolder, reporter: Reporter | None, stop: Callable[[], bool], began: float
+) -> bool:
+    """Train and test one fold; False if told to stop before its end."""
     inner = None
     if reporter is not None:
         number, _, folds = str(recipe.fold).partition("/")
         reporter.message("fold", f"{number} of {folds}, in {folder.path}")
         inner = FoldReporter(reporter, first=number == "1")
-    return train(recipe, folder.path, resume=True, reporter=inner, stop=stop).finished
+    return train(recipe, folder.path, resume=True, reporter=inner, stop=stop, began=began).finished
 
 
 def is_done(folder: RunFolder, recipe: Recipe) -> bool:

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from skipway.data.data_config import find_class_names
+from skipway.data.data_config import WeightsDescription
 from skipway.data.options import SMALL_SIDE
 from skipway.data.source_reader import SourceSummary
 from skipway.errors import CheckpointError, SkipwayError, counted, printable, spell
@@ -276,7 +276,7 @@ def case_of(recipe: Recipe, summary: SourceSummary, device: torch.device, world:
     rest = summary.training * (1.0 if summary.has_test else 1 - recipe.holdout)
     pretrained = recipe.initial_weights is not None
     published = is_pretrained(recipe.start)
-    known = None if published or not pretrained else find_class_names(str(recipe.start))
+    known = None if published or not pretrained else WeightsDescription(str(recipe.start)).classes
     gpu = device.type == "cuda"
     timed = not gpu and recipe.budget is not None and world == 1
     return TrainingCase(

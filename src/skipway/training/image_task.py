@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from skipway.data import Batch, Data, load
-from skipway.data.data_config import find_hidden_layer
+from skipway.data.data_config import WeightsDescription
 from skipway.data.randomness import permutation
 from skipway.data.source_reader import SourceSummary
 from skipway.data.split import name_list
@@ -117,6 +117,8 @@ class ImageClassification(Task):
             channels=1 if data.channels == 1 else 3,
             crop=data.augmentation.crop,
             flip=data.augmentation.flip,
+            grey16=data.preprocessing.grey16,
+            fit=data.preprocessing.fit,
             crop_share=data.preprocessing.crop_share,
             resample=data.preprocessing.resample,
             mean=Recipe.text_of(data.mean),
@@ -187,7 +189,8 @@ class ImageClassification(Task):
         remark = partial(report, "note")
         model = build_classifier({"name": recipe.model, **self.network_options(recipe, data)}, remark=remark)
         starts = fresh and recipe.initial_weights is not None
-        head = find_hidden_layer(str(recipe.start)) if starts and not is_pretrained(recipe.start) else None
+        known = starts and not is_pretrained(recipe.start)
+        head = WeightsDescription(str(recipe.start)).hidden_layer if known else None
         if head is not None:
             add_hidden_layer(model, *head)
         if starts:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from skipway.data.data_config import find_class_names, find_data_config, find_hidden_layer
+from skipway.data.data_config import WeightsDescription, find_data_config
 from skipway.errors import CheckpointError, SkipwayError, counted, printable, spell, spelling
 from skipway.inference.code_file import network_file, with_file
 from skipway.inference.network import is_ours
@@ -77,8 +77,7 @@ def adopt_data_config(recipe: Recipe, remark: Callable[[str], None]) -> Recipe:
     values: dict[str, Any] = {
         "mean": Recipe.text_of(config.mean),
         "std": Recipe.text_of(config.std),
-        "crop_share": config.crop_share,
-        "resample": config.resample,
+        **{name: getattr(config, name) for name in ("crop_share", "resample", "grey16", "fit", "size")},
     }
     taken = {name: value for name, value in values.items() if getattr(recipe, name) is None and value is not None}
     if taken:
@@ -94,19 +93,20 @@ def load_initial_weights(
     """
     adapt = tuple(choice.strip() for choice in recipe.weights_adapt.split(",") if choice.strip())
     names, classifiers = recipe.weights_names, ()
+    described = None if is_pretrained(recipe.start) else WeightsDescription(str(recipe.start))
     if not is_ours(str(recipe.model)):  # its names are its library's
         names = "skipway"
-    if not is_ours(str(recipe.model)) or find_hidden_layer(str(recipe.start)) is not None:
+    if not is_ours(str(recipe.model)) or (described is not None and described.hidden_layer is not None):
         classifiers = find_classifiers(model, example)
     with spelling(entry="weights_entry", names="weights_names", adapt="weights_adapt"):
         origin = printable(str(recipe.start))
-        if is_pretrained(recipe.start):
+        if described is None:
             published = find_published_weights(str(recipe.model))
             state: Mapping[str, Tensor] = published.state
             origin, known = published.origin, None
         else:
             state = read_source(str(recipe.start), recipe.weights_entry, remark)
-            known = find_class_names(str(recipe.start))
+            known = described.classes
         state, remarks = arrange_classes(model, state, names, known, classes, adapt, classifiers)
         for sentence in remarks:
             remark(sentence)

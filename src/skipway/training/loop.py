@@ -74,6 +74,7 @@ from skipway.training.setup import (
 )
 from skipway.training.task import TestLog
 from skipway.training.task_choice import choose_task
+from skipway.training.tensorboard import summary_writer
 from skipway.training.trial_pass import check_forward
 
 __all__ = ["Trainer", "train"]
@@ -280,6 +281,8 @@ class Trainer:
         if not has_validation(run):
             write_weights(run, run.folder.best)
         evaluation, log = self.test() if run.finished else (None, TestLog())
+        if evaluation is not None:
+            run.progress.tested_after = sorted({*run.progress.tested_after, run.global_step})
         outcome = Outcome.of(run, evaluation)
         if run.finished and (sentence := unfinished_warmup(run)) is not None:
             run.reporter.message("note", sentence)
@@ -351,6 +354,8 @@ def open_run(
     else:
         folder.check_free(overwrite=overwrite)
     folder.check_apart(recipe.data)
+    if recipe.tensorboard:  # what is missing is said before anything is done
+        summary_writer()
     with ExitStack() as stack:
         ranks = stack.enter_context(join_ranks(recipe.device))
         reporter = SilentReporter() if reporter is None or not ranks.first else reporter

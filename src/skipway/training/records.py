@@ -21,6 +21,7 @@ from skipway.report.summary import CHANCE_STEPS
 from skipway.training.clock import expected_seconds, plan_time
 from skipway.training.reporter import StepReport
 from skipway.training.run import Run
+from skipway.training.run_folder import RunFolder
 from skipway.training.setup import model_config
 from skipway.training.tensorboard import write_tensorboard
 
@@ -28,6 +29,7 @@ __all__ = [
     "check_finite",
     "finish_saving",
     "is_save_due",
+    "read_tests",
     "record_epoch",
     "record_health",
     "record_step",
@@ -230,7 +232,19 @@ def weights_header(run: Run) -> dict[str, Any]:
 def write_result(run: Run, path: Path, evaluation: Any) -> None:
     """Add the test result to the header of a weight file."""
     tensors, about = read_tensors(path)
-    write_tensors(path, tensors, {**about, "result": run.task.header_result(run, evaluation)})
+    result = {**run.task.header_result(run, evaluation), "tested_after": run.progress.tested_after}
+    write_tensors(path, tensors, {**about, "result": result})
+
+
+def read_tests(folder: RunFolder) -> list[int]:
+    """The steps after which a run was tested by the header of its best weights, which keep their result when the run
+    goes on; a checkpoint is older than the test of its weights.
+    """
+    try:
+        _, about = read_tensors(folder.best)
+    except CheckpointError:  # none yet; whoever tests damaged ones says so
+        return []
+    return about.get("result", {}).get("tested_after", [])
 
 
 def write_weights(run: Run, path: Path) -> None:

@@ -76,8 +76,8 @@ def retry_from_checkpoint(run: Run, error: DivergedError) -> None:
     length = load_newest_checkpoint(run)
     if length is not None:  # of another plan where the newest one is damaged, or could not be written
         change_plan(run, length)
-    # the clock does not go back, nor what was learned of the machine
-    kept = ("overhead", "costs", "accumulation", "validation_images")
+    # the clock does not go back, nor what was learned of the machine and the test images
+    kept = ("overhead", "costs", "accumulation", "validation_images", "tested_after")
     run.progress = replace(run.progress, **{name: getattr(before, name) for name in kept})
     lr_scale = run.progress.lr_scale = before.lr_scale * RETRY_LR_SCALE
     run.progress.retries, run.steps_again = retries + 1, True

@@ -15,7 +15,7 @@ from skipway.recipe import LENGTHS, Recipe
 from skipway.training.budget import Plan
 from skipway.training.clock import limit_validation, reopen_plan
 from skipway.training.initial_weights import resolve_paths
-from skipway.training.records import finish_saving, save_checkpoint
+from skipway.training.records import finish_saving, read_tests, save_checkpoint
 from skipway.training.residual_warmup import continue_warmup
 from skipway.training.run import LENGTH_FIELDS, Progress, Run
 from skipway.training.setup import give_hidden_layer, model_config
@@ -99,11 +99,12 @@ def resume_run(run: Run, stored: dict[str, Any]) -> None:
     run.task.check_unchanged(run, stored)
     length = load_newest_checkpoint(run)
     loaded = replace(run.progress)
+    run.progress.tested_after = sorted({*loaded.tested_after, *read_tests(run.folder)})
     change_plan(run, stored["recipe"] if length is None else length)
     run.earlier_seconds = run.progress.seconds
     if run.ranks.first:
         run.folder.keep_rows_until(run.progress.epoch, run.global_step)
-    if run.progress != loaded:  # whoever goes back goes on with this plan
+    if run.progress != loaded:  # whoever goes back goes on with this plan, and knows of these tests
         save_checkpoint(run)
         finish_saving(run)
     if run.ranks.first:
@@ -163,7 +164,7 @@ def load_newest_checkpoint(run: Run) -> dict[str, Any] | None:
     for sentence in damaged:
         run.reporter.message("damaged", sentence)
     state = snapshot.state
-    progress = Progress.from_json(state["progress"], run.steps_per_epoch)
+    progress = Progress.from_json(state["progress"])
     if progress.head is not None and progress.head != run.progress.head:  # a retry has it already
         give_hidden_layer(run, progress.head)
     run.progress = progress

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -66,6 +66,7 @@ class Progress:
         stopped_early: whether `Recipe.patience` has ended the run.
         head_fitted: whether the classifier has been fitted to features, see `Recipe.freeze`.
         head: name of the classifier and width of its hidden layer, if it has been given one.
+        tested_after: steps after which the test split was looked at, one for each end of the run.
     """
 
     epoch: int = 0
@@ -91,6 +92,7 @@ class Progress:
     stopped_early: bool = False
     head_fitted: bool = False
     head: list[Any] | None = None
+    tested_after: list[int] = field(default_factory=list)
 
     @classmethod
     def of_epochs(cls, epochs: int, per_epoch: int, accumulation: int) -> Progress:
@@ -113,12 +115,8 @@ class Progress:
         self.epochs, self.epoch_steps = self.epoch + math.ceil(max(0, left) / length), min(length, max(0, left))
 
     @classmethod
-    def from_json(cls, values: dict[str, Any], per_epoch: int) -> Progress:
-        """The progress that a checkpoint holds; earlier versions knew only epochs of all images."""
-        if "plan" not in values:
-            start = cls.of_epochs(values["epochs"], per_epoch, values["accumulation"])
-            earlier = {"before": values["epoch"] * per_epoch, "epoch_steps": per_epoch, "plan": asdict(start.plan)}
-            values = {**values, **earlier, "costs": {}}
+    def from_json(cls, values: dict[str, Any]) -> Progress:
+        """The progress that a checkpoint holds."""
         nested: dict[str, Any] = {"plan": Plan(**values["plan"]), "costs": RunCosts(**values["costs"])}
         return cls(**{**values, **nested})
 
@@ -304,6 +302,7 @@ class Outcome:
         epoch: complete epochs.
         step: steps into the next epoch.
         seconds: seconds spent in training, over all sessions.
+        tested_after: see `Progress`.
     """
 
     finished: bool
@@ -319,6 +318,7 @@ class Outcome:
     epoch: int
     step: int
     seconds: float
+    tested_after: tuple[int, ...]
 
     @classmethod
     def of(cls, run: Run, evaluation: Any) -> Outcome:
@@ -338,8 +338,9 @@ class Outcome:
             epoch=progress.epoch,
             step=progress.step,
             seconds=run.seconds,
+            tested_after=tuple(progress.tested_after),
         )
 
     def to_json(self) -> dict[str, Any]:
         """The content of `summary.json`."""
-        return self.task.summary(self)
+        return {**self.task.summary(self), "tested_after": list(self.tested_after)}

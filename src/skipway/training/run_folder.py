@@ -8,7 +8,6 @@
 | `metrics.jsonl`, `steps.jsonl` | one JSON object per epoch, and per so many steps |
 | `health.jsonl` | measurements of every residual connection |
 | `checkpoints/` | weights, optimizer state and progress at a few steps, with hashes: what `--resume` continues from |
-| `checkpoint.safetensors` | the same in one file, as earlier versions wrote it |
 | `best.safetensors` | weights of the epoch with the best validation accuracy, ties by loss; the test result is theirs |
 | `last.safetensors` | weights of the last epoch; both with preprocessing and epoch in their header |
 | `tensorboard/` | the curves for TensorBoard, with `tensorboard=True` |
@@ -42,8 +41,8 @@ __all__ = ["RunFolder"]
 class RunFolder:
     """The files of one run. Nothing is written before `begin`.
 
-    >>> RunFolder(Path("runs/first")).checkpoint.as_posix()
-    'runs/first/checkpoint.safetensors'
+    >>> RunFolder(Path("runs/first")).best.as_posix()
+    'runs/first/best.safetensors'
     """
 
     def __init__(self, path: Path) -> None:
@@ -55,7 +54,6 @@ class RunFolder:
         self.steps = path / "steps.jsonl"
         self.health = path / "health.jsonl"
         self.checkpoints = path / "checkpoints"
-        self.checkpoint = path / "checkpoint.safetensors"
         self.best = path / "best.safetensors"
         self.last = path / "last.safetensors"
         self.bundle = path / "bundle"
@@ -70,7 +68,7 @@ class RunFolder:
     def files(self) -> tuple[Path, ...]:
         """All files and folders that a run may write, whether they exist or not."""
         return (
-            *(self.config, self.environment, self.split, self.metrics, self.steps, self.checkpoints, self.checkpoint),
+            *(self.config, self.environment, self.split, self.metrics, self.steps, self.checkpoints),
             *(self.health, self.board, self.best, self.last, self.bundle, self.summary, self.report),
             self.findings,
         )

@@ -4,14 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from skipway.errors import MissingExtraError
 
-__all__ = ["write_tensorboard"]
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+__all__ = ["summary_writer", "write_tensorboard"]
 
 # metrics that become curves
 CURVES = ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "lr")
+
+
+def summary_writer() -> type[SummaryWriter]:
+    """The class that writes event files.
+
+    Raises:
+        MissingExtraError: tensorboard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise MissingExtraError("tensorboard", "tensorboard", "tensorboard=True") from error
+    return SummaryWriter
 
 
 def write_tensorboard(
@@ -29,12 +45,8 @@ def write_tensorboard(
     Raises:
         MissingExtraError: tensorboard is not installed.
     """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise MissingExtraError("tensorboard", "tensorboard", "tensorboard=True") from error
     purged, row = steps[0]["step"] if again and steps else None, epoch or {}
-    with SummaryWriter(str(folder), purge_step=purged) as writer:
+    with summary_writer()(str(folder), purge_step=purged) as writer:
         for each in steps:
             writer.add_scalar("step/loss", each["loss"], each["step"])
             writer.add_scalar("step/gradient norm", each["norm"], each["step"])

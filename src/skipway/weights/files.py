@@ -16,7 +16,7 @@ from torch import Tensor
 from skipway.errors import CheckpointError, counted, printable, spell
 from skipway.weights.container import cut, read_torch, select_state_dict
 from skipway.weights.formats import Format, describe_folder, file_format
-from skipway.weights.hub import PREFIX, download
+from skipway.weights.hub import local_path
 
 __all__ = ["read_weights"]
 
@@ -50,7 +50,7 @@ def read_weights(
         CheckpointError: no such file, one that is damaged, of another kind or would run code, one without a state
             dict or without that entry, or a folder without weights.
     """
-    path = download(str(path)) if str(path).startswith(PREFIX) else Path(path)
+    path = local_path(path)
     if not path.is_dir():
         return read_file(path, entry, remark)
     file = find_file(path, remark)

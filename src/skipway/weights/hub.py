@@ -7,7 +7,7 @@ from pathlib import Path
 
 from skipway.errors import CheckpointError, MissingExtraError
 
-__all__ = ["PREFIX", "download"]
+__all__ = ["PREFIX", "download", "local_path"]
 
 PREFIX = "hf:"
 SAFE = ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors")
@@ -38,3 +38,8 @@ def download(name: str, others: Sequence[str] = ()) -> Path:
     except (OSError, ValueError) as error:  # huggingface_hub's own errors are these
         raise CheckpointError(f"{name} cannot be fetched from the hub: {error}") from error
     raise CheckpointError(f"{name} holds no weights under the usual names: {', '.join((*SAFE, *PICKLED))}")
+
+
+def local_path(source: str | Path, others: Sequence[str] = ()) -> Path:
+    """The path of weights: as it is, or the folder that `download` gives for a name on the hub, "hf:org/name"."""
+    return download(str(source), others) if str(source).startswith(PREFIX) else Path(source)

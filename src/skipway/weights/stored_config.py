@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from skipway.errors import CheckpointError, printable
-from skipway.weights.hub import PREFIX, download
+from skipway.weights.hub import local_path
 from skipway.weights.tables import find_config_check
 
 __all__ = ["CONFIG", "read_config", "refuse_other_config"]
@@ -38,7 +38,7 @@ def refuse_other_config(network: nn.Module, source: str | Path, names: str) -> N
     compare = find_config_check(network, names)
     if compare is None:
         return
-    described = read_config(download(str(source), (CONFIG,)) if str(source).startswith(PREFIX) else Path(source))
+    described = read_config(local_path(source, (CONFIG,)))
     differences = [] if described is None else compare(network, described)
     if differences:
         raise CheckpointError(

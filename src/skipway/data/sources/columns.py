@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 from skipway.data.sources.image_names import ImageNames
 from skipway.data.sources.index import name_list
@@ -67,7 +67,7 @@ class Columns:
     Args:
         image: where the image is named.
         label: its class; of several columns ("one-hot"), the class is the name of the one that holds 1.
-        split: its split; None: there is no such column.
+        split: its split; several marks, as is_valid and is_test, say it together; (): there is no such column.
         names: of all columns.
         headed: whether the columns have names, in a header or by the format.
         remarks: sentences about what was chosen.
@@ -75,7 +75,7 @@ class Columns:
 
     image: int
     label: tuple[int, ...]
-    split: int | None
+    split: tuple[int, ...]
     names: tuple[str, ...]
     headed: bool
     remarks: tuple[str, ...] = ()
@@ -88,16 +88,20 @@ class Columns:
         return marked[0] if len(marked) == 1 else ""
 
     def split_of(self, row: Sequence[str]) -> Split | str | None:
-        """The split that a row is in; a cell that is none as it stands; None: the cell is empty."""
-        if self.split is None:
-            return "train"
-        cell, name = row[self.split].strip(), plain(self.names[self.split])
-        if not cell:
-            return None
-        if name.startswith("is") and cell.lower() in YES | NO:
-            held: Split = "test" if name == "istest" else "validation"
-            return held if cell.lower() in YES else "train"
-        return split_of(cell) or cell
+        """The split that a row is in, also as "validation and test" where marks contradict each other; a cell that is
+        none as it stands; None: a cell is empty.
+        """
+        found = [split_in_cell(row[number].strip(), plain(self.names[number])) for number in self.split]
+        said = [split for split in dict.fromkeys(found) if split not in ("train", None)]
+        return " and ".join(map(str, said)) or (None if None in found else "train")
+
+
+def split_in_cell(cell: str, name: str) -> Split | str | None:
+    """The split that a cell names, or marks in the column `name`; a cell that is none as it stands; None: no text."""
+    if name.startswith("is") and cell.lower() in YES | NO:
+        held: Split = "test" if name == "istest" else "validation"
+        return held if cell.lower() in YES else "train"
+    return split_of(cell) or cell or None
 
 
 def plain(name: str) -> str:
@@ -110,8 +114,8 @@ def choose_columns(table: Table, wanted: Sequence[str], images: ImageNames) -> C
 
     Args:
         table: the list.
-        wanted: names of the columns for image, label and split, of which the last may be missing; `COLUMNS` lets the
-            content decide.
+        wanted: names of the columns for image, label and split, of which the last may be missing: the content then
+            decides it, as it decides all for `COLUMNS`; "-" is no column.
         images: finds the files.
 
     Raises:
@@ -119,32 +123,46 @@ def choose_columns(table: Table, wanted: Sequence[str], images: ImageNames) -> C
     """
     if table.names is None and not table.rows:
         raise DataError(f"{printable(table.path)} is empty: a list has an image and its label in each row")
+    wanted = tuple(wanted)
     first = list(table.names or table.rows[0][1])
-    chosen = tuple(wanted) != COLUMNS
     headed = table.names is not None or is_header(first, wanted, images)
     names = (
         tuple(name.strip() for name in first) if headed else tuple(str(number) for number in range(1, len(first) + 1))
     )
     body = table.body(headed=headed)
     sample = [row for _, row in body[:: max(1, len(body) // SAMPLED)] if len(row) == len(names)]
-    if chosen and not 2 <= len(wanted) <= 3:
-        raise DataError(f"{spell('columns', tuple(wanted))}: the rule is two or three names: image, label and split")
-    if chosen:
+    if wanted == COLUMNS:
+        image = image_column(table, names, sample, images)
+        split, remarks = split_columns(names, sample, [image])
+        label = label_columns(table, names, sample, [image, *split])
+    else:
+        check_number(wanted)
         numbers = [find_name(names, name) for name in wanted]
         missing = [name for name, number in zip(wanted[:2], numbers, strict=False) if number is None]
         if missing:
             raise DataError(f"{printable(table.path)} has no column {name_list(missing)}; {list_columns(names)}")
-        image, label, split = numbers[0], numbers[1], numbers[2] if len(numbers) > 2 else None
+        image, kind, third = (*numbers, None)[:3]
         assert image is not None
-        assert label is not None
-        absent = split is None and wanted[2:] not in [(), ("split",)] and plain(wanted[2]) != ""
-        remarks = (f"there is no column {wanted[2]!r}, so images are not split by one",) if absent else ()
-        return Columns(image, (label,), split, names, headed, remarks)
-    image = image_column(table, names, sample, images)
-    split, about_split = split_column(names, sample, image)
-    label = label_columns(table, names, sample, [image, *([] if split is None else [split])])
+        assert kind is not None
+        label, split, remarks = (kind,), (), []
+        if third is not None:
+            split = (third,)
+        elif wanted[2:] in ((), COLUMNS[2:]):
+            split, remarks = split_columns(names, sample, [image, kind])
+        elif plain(wanted[2]):
+            remarks = [f"there is no column {wanted[2]!r}, so images are not split by one"]
     found = Columns(image, label, split, names, headed)
-    return Columns(image, label, split, names, headed, (*column_remarks(found), *about_split))
+    return replace(found, remarks=(*column_remarks(found), *remarks))
+
+
+def check_number(wanted: Sequence[str]) -> None:
+    """Check the number of names of columns.
+
+    Raises:
+        DataError: there are fewer than two or more than three.
+    """
+    if not 2 <= len(wanted) <= 3:
+        raise DataError(f"{spell('columns', tuple(wanted))}: the rule is two or three names: image, label and split")
 
 
 def is_header(first: Sequence[str], wanted: Sequence[str], images: ImageNames) -> bool:
@@ -199,22 +217,33 @@ def image_column(table: Table, names: Sequence[str], sample: list[list[str]], im
     )
 
 
-def split_column(names: Sequence[str], sample: list[list[str]], image: int) -> tuple[int | None, list[str]]:
-    """The column of splits, and a remark about one that has such a name and holds something else."""
+def split_columns(
+    names: Sequence[str], sample: list[list[str]], taken: Collection[int]
+) -> tuple[tuple[int, ...], list[str]]:
+    """The column of splits, or all columns of marks, as is_valid and is_test; and remarks about columns with such names
+    that are not used.
+    """
+    found: list[int] = []
     remarks = []
     for number in sorted(range(len(names)), key=lambda number: rank_of(names[number], SPLIT_COLUMNS)):
-        if number == image or plain(names[number]) not in SPLIT_COLUMNS:
-            continue
+        name = plain(names[number])
         cells = {row[number].strip() for row in sample} - {""}
-        flags = plain(names[number]).startswith("is") and all(cell.lower() in YES | NO for cell in cells)
-        if cells and (flags or any(split_of(cell) for cell in cells) or plain(names[number]) == "split"):
-            return number, remarks
-        if cells:
+        if number in taken or name not in SPLIT_COLUMNS or not cells:
+            continue
+        marks = name.startswith("is") and all(cell.lower() in YES | NO for cell in cells)
+        if marks or any(split_of(cell) for cell in cells) or name == "split":
+            if not found or (marks and plain(names[found[0]]).startswith("is")):
+                found.append(number)
+            else:
+                remarks.append(
+                    f"the column {names[number]!r} holds splits, too, and is not used: {names[found[0]]!r} is"
+                )
+        elif not found:
             remarks.append(
                 f"the column {names[number]!r} holds {name_list(sorted(cells), 3)} and no names of splits: it is "
                 "not used"
             )
-    return None, remarks
+    return tuple(found), remarks
 
 
 def label_columns(table: Table, names: Sequence[str], sample: list[list[str]], taken: list[int]) -> tuple[int, ...]:
@@ -252,16 +281,16 @@ def is_number(cell: str) -> bool:
     return re.fullmatch(r"[+-]?\d*\.?\d*(?:[eE][+-]?\d+)?", cell.strip()) is not None
 
 
-def column_remarks(found: Columns) -> list[str]:
+def column_remarks(found: Columns, source: str = "list") -> list[str]:
     """A sentence about columns that have other names than the default ones."""
-    used = [found.image, *found.label, *([] if found.split is None else [found.split])]
+    used = [found.image, *found.label, *found.split]
     if [found.names[number] for number in used] == list(COLUMNS[: len(used)]):
         return []
     kind = "column" if found.headed else "the column number"
     labels = name_list([found.names[number] for number in found.label], 3)
     parts = [f"images from {kind} {found.names[found.image]!r}", f"labels from {labels}"]
-    if found.split is not None:
-        parts.append(f"splits from {found.names[found.split]!r}")
+    if found.split:
+        parts.append(f"splits from {name_list(found.names[number] for number in found.split)}")
     rest = [name for number, name in enumerate(found.names) if number not in used]
     unused = f"; not used: {name_list(rest)}" if rest else ""
-    return [f"the list gives {', '.join(parts)}{unused}"]
+    return [f"the {source} gives {', '.join(parts)}{unused}"]

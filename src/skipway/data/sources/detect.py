@@ -10,14 +10,17 @@ from pathlib import Path
 from skipway.data.sources.columns import COLUMNS
 from skipway.data.sources.folders import Subfolders, index_folders
 from skipway.data.sources.hub import HUB_PREFIX, index_dataset, is_saved_dataset
-from skipway.data.sources.index import SourceIndex, name_list
+from skipway.data.sources.index import SourceIndex, idle_remarks, name_list
 from skipway.data.sources.lists import LIST_SUFFIXES, index_list
 from skipway.data.sources.scan import scan_folder
 from skipway.data.sources.shards import index_shards
 from skipway.data.sources.splits import split_of
-from skipway.errors import DataError, SkipwayError, printable, similar_names, spell
+from skipway.errors import DataError, SkipwayError, printable, similar_names
 
 __all__ = ["COLUMNS", "index_source"]
+
+# why a choice has no effect
+NO_LIST, NO_FOLDERS = "is no list", "has no class folders"
 
 
 def index_source(
@@ -38,35 +41,42 @@ def index_source(
         outside: follow links, and paths in lists, that lead out of the source.
         columns: names of the columns for image, label and split.
         subfolders: see `index_folders`.
-        fewest: classes with images that there must be; 1 suffices to evaluate.
+        fewest: classes with images that there must be; 1 suffices to evaluate, where `allow_empty` and `subfolders` are
+            the program's choice and not remarked upon.
 
     Raises:
         DataError: there is no such source, or it cannot be used for training.
         MissingExtraError: it needs a library that is not installed.
     """
+    idle = {"allow_empty": allow_empty, "subfolders": subfolders} if fewest > 1 else {}
+    named = None if tuple(columns) == COLUMNS else tuple(columns)
     if str(source).startswith(HUB_PREFIX):
-        return index_dataset(str(source), columns=columns, outside=outside, fewest=fewest)
+        found = index_dataset(str(source), columns=columns, outside=outside, fewest=fewest)
+        return remark_idle(found, NO_FOLDERS, **idle)
     path = Path(source)
+    suffix = path.suffix.lower()
     try:
+        if path.is_dir() and is_saved_dataset(path):
+            found = index_dataset(path, columns=columns, outside=outside, fewest=fewest)
+            return remark_idle(found, NO_FOLDERS, **idle)
+        is_tar = suffix == ".tar" and (path.is_file() or "{" in path.name or "{" in str(path.parent))
+        if holds_shards(path) if path.is_dir() else is_tar:
+            found = index_shards(path, allow_empty=allow_empty, subfolders=subfolders, fewest=fewest)
+            found = remark_idle(found, NO_LIST, columns=named)
+            return remark_idle(found, "is read from tar files, in which links are refused", outside=outside)
         if path.is_dir():
-            if is_saved_dataset(path):
-                return index_dataset(path, columns=columns, outside=outside, fewest=fewest)
-            if holds_shards(path):
-                return remark_columns(index_shards(path, allow_empty=allow_empty, fewest=fewest), columns)
             try:
                 found = index_folders(
                     path, allow_empty=allow_empty, outside=outside, subfolders=subfolders, fewest=fewest
                 )
-                return remark_columns(found, columns)
+                return remark_idle(found, NO_LIST, columns=named)
             except DataError as error:
                 lists = sorted(entry.name for entry in path.iterdir() if entry.suffix.lower() in LIST_SUFFIXES)
                 hint = f"; if {name_list(lists, 2)} lists the images, give the list instead of the folder"
                 raise DataError(f"{error}{hint}") if lists else error from None
-        suffix = path.suffix.lower()
         if suffix in (*LIST_SUFFIXES, ".txt", ".lst") and path.is_file():
-            return index_list(path, columns=columns, outside=outside, fewest=fewest)
-        if suffix == ".tar" and (path.is_file() or "{" in path.name or "{" in str(path.parent)):
-            return remark_columns(index_shards(path, allow_empty=allow_empty, fewest=fewest), columns)
+            found = index_list(path, columns=columns, outside=outside, fewest=fewest)
+            return remark_idle(found, NO_FOLDERS, **idle)
     except (OSError, ValueError) as error:
         if isinstance(error, SkipwayError):
             raise
@@ -75,12 +85,9 @@ def index_source(
     raise DataError(f"data folder {printable(path)} {describe_file(path) if os.path.lexists(path) else missing}")
 
 
-def remark_columns(found: SourceIndex, columns: Sequence[str]) -> SourceIndex:
-    """The images of a source without columns, with a remark where some were named."""
-    if tuple(columns) == COLUMNS:
-        return found
-    remark = f"{spell('columns', tuple(columns))} has no effect: {printable(found.name)} is no list"
-    return replace(found, remarks=(*found.remarks, remark))
+def remark_idle(found: SourceIndex, reason: str, **choices: object) -> SourceIndex:
+    """The images of a source, with a remark for each choice that was made and has no effect on it."""
+    return replace(found, remarks=(*found.remarks, *idle_remarks(found.name, reason, **choices)))
 
 
 def describe_file(path: Path) -> str:

@@ -7,7 +7,7 @@ validation and test folders whose images are not sorted into classes.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -26,7 +26,7 @@ from skipway.data.sources.scan import LeftOut, SourceFolder, scan_folder
 from skipway.data.sources.splits import SPLIT_NAMES, SPLITS, Split, looks_like_split, split_of
 from skipway.errors import DataError, counted, printable
 
-__all__ = ["UNSORTED", "Subfolders", "index_folders"]
+__all__ = ["UNSORTED", "Layout", "Subfolders", "index_folders", "innermost", "layout_of", "read_layout"]
 
 Subfolders = Literal["merge", "classes"]
 
@@ -50,6 +50,11 @@ class Layout:
     held: dict[Split, list[SourceFolder]] = field(default_factory=dict)
     unused: dict[str, str] = field(default_factory=dict)
     splits: frozenset[str] = frozenset()
+
+    @property
+    def left_alone(self) -> tuple[str, ...]:
+        """Each folder that is left alone, with the reason."""
+        return tuple(f"{printable(path)!r}: {reason}" for path, reason in self.unused.items())
 
 
 def layout_of(top: SourceFolder, where: str) -> Layout:
@@ -153,31 +158,50 @@ def index_folders(
         OSError: the folder cannot be opened.
     """
     top, left_out = scan_folder(root, outside=outside)
-    layout = layout_of(innermost(top), printable(root))
-    train = classes_in(layout.train, layout.splits, subfolders)
-    held: dict[Split, FilesByClass] = {}
-    remarks = []
-    for split, folders in layout.held.items():
-        files, remark = choose_held(split, folders, layout, train, subfolders)
-        remarks += [remark] if remark else []
-        if files is not None:
-            held[split] = files
-    count_unread(top, [train, *held.values()], layout.unused, left_out)
+    start = innermost(top)
+    layout = layout_of(start, printable(root))
+    splits, remarks = read_layout(top, start, layout, subfolders, left_out)
     where = printable(root / layout.train.path)
-    classes = check_classes(train, where, allow_empty=allow_empty, left_out=left_out, fewest=fewest)
-    for split, files in held.items():
-        check_known_classes(files, classes, printable(root / layout.held[split][0].path), split)
+    classes = check_classes(splits["train"], where, allow_empty=allow_empty, left_out=left_out, fewest=fewest)
+    for split, folders in layout.held.items():
+        if split in splits:
+            check_known_classes(splits[split], classes, printable(root / folders[0].path), split)
     return SourceIndex(
         store=FileStore(root),
         name=root.resolve().name,
         classes=classes,
-        train=train,
-        validation=held.get("validation"),
-        test=held.get("test"),
+        train=splits["train"],
+        validation=splits.get("validation"),
+        test=splits.get("test"),
         left_out=left_out,
-        unused=tuple(f"{printable(path)!r}: {reason}" for path, reason in layout.unused.items()),
-        remarks=tuple(remarks + folder_remarks(top, layout, subfolders)),
+        unused=layout.left_alone,
+        remarks=tuple(remarks),
     )
+
+
+def read_layout(
+    top: SourceFolder, start: SourceFolder, layout: Layout, subfolders: Subfolders, left_out: LeftOut
+) -> tuple[dict[Split, FilesByClass], list[str]]:
+    """The images of each split by class, and remarks about where they were found.
+
+    Args:
+        top: all folders of the source.
+        start: the folder in it that the layout is of.
+        layout: completed by the folders that are left alone.
+        subfolders: see `index_folders`.
+        left_out: completed by the images that are in no class of no split.
+    """
+    splits: dict[Split, FilesByClass] = {"train": classes_in(layout.train, layout.splits, subfolders)}
+    remarks = []
+    for split, folders in layout.held.items():
+        files, remark = choose_held(split, folders, layout, splits["train"], subfolders)
+        remarks += [remark] if remark else []
+        if files is not None:
+            splits[split] = files
+    count_unread(top, splits.values(), layout.unused, left_out)
+    if start is not top:
+        remarks.append(f"the class folders are taken from {printable(start.path)!r}, the only folder in the source")
+    return splits, remarks + folder_remarks(layout, subfolders)
 
 
 def choose_held(
@@ -213,23 +237,19 @@ def unlabelled_images(folder: SourceFolder, classes: Collection[str], subfolders
     return 0 if labelled else len(folder.below())
 
 
-def count_unread(top: SourceFolder, parts: list[FilesByClass], unused: Collection[str], left_out: LeftOut) -> None:
+def count_unread(top: SourceFolder, parts: Iterable[FilesByClass], unused: Collection[str], left_out: LeftOut) -> None:
     """Add every image that is in no class of no split to the files that are left out."""
     read = {file for part in parts for files in part.values() for file in files}
-    for image in top.below():
+    for image, place in sorted((image, folder.path) for folder in top.walk() for image in folder.files):
         if image not in read:
-            in_unused = any(image.startswith(f"{path}/") for path in unused)
+            in_unused = any(f"{place}/".startswith(f"{path}/") for path in unused)
             left_out.add("in a folder that is not used" if in_unused else OUTSIDE_CLASSES, image)
 
 
-def folder_remarks(top: SourceFolder, layout: Layout, subfolders: Subfolders) -> list[str]:
-    """Remarks about where classes were found, and about merged folders."""
-    remarks = []
-    if (found := innermost(top)) is not top:
-        remarks.append(f"the class folders are taken from {printable(found.path)!r}, the only folder in the source")
+def folder_remarks(layout: Layout, subfolders: Subfolders) -> list[str]:
+    """Remarks about folders that are merged into one class."""
     classes = {name: folder for name, folder in layout.train.folders.items() if name not in layout.splits}
-    if subfolders == "merge":
-        remarks += merge_remarks(classes)
+    remarks = merge_remarks(classes) if subfolders == "merge" else []
     twice = {class_name(name) for name in classes if class_name(name) != name} & classes.keys()
     if twice:
         remarks.append(f"folders whose names are equal but for their Unicode form are one class: {name_list(twice)}")

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from skipway.data.sources.columns import list_columns
+from skipway.data.sources.columns import (
+    COLUMNS,
+    Columns,
+    check_number,
+    column_remarks,
+    find_name,
+    list_columns,
+    plain,
+)
 from skipway.data.sources.index import (
     FilesByClass,
     SourceIndex,
@@ -39,8 +48,8 @@ def index_dataset(source: Path | str, *, columns: Sequence[str], outside: bool =
     Args:
         source: a folder that `save_to_disk` wrote, or "hf:NAME" or "hf:NAME:CONFIGURATION" to download. Code of a data
             set is never run.
-        columns: names of the columns for image and label; where one is missing, the only column of images and the
-            only column of classes.
+        columns: names of the columns for image and label; by default the only column of images and the only column of
+            classes where none is called so.
         outside: allow paths in the image column that lead out of the folder.
 
     Raises:
@@ -49,10 +58,11 @@ def index_dataset(source: Path | str, *, columns: Sequence[str], outside: bool =
     """
     splits, datasets = load_tables(source)
     fetched, where = str(source).startswith(HUB_PREFIX), printable(str(source))
-    image, label = choose_columns(splits, columns, where, datasets)
+    chosen = choose_columns(splits, columns, where, datasets)
+    image, label = (chosen.names[number] for number in (chosen.image, *chosen.label))
     tables: dict[str, Any] = {}
     by_split: dict[Split, FilesByClass] = {}
-    unused, remarks = [], []
+    unused, remarks = [], list(chosen.remarks)
     names: tuple[str, ...] | None = None
     for split, table in splits.items():
         known = split_of(split)
@@ -129,16 +139,23 @@ def load_tables(source: Path | str) -> tuple[dict[str, Any], Any]:
     return splits, datasets
 
 
-def choose_columns(splits: dict[str, Any], columns: Sequence[str], where: str, datasets: Any) -> tuple[str, str]:
-    """Choose the columns of images and of labels."""
+def choose_columns(splits: dict[str, Any], wanted: Sequence[str], where: str, datasets: Any) -> Columns:
+    """Choose the columns of images and of labels; the rows of each split are apart.
+
+    Raises:
+        DataError: there is no such column, or by default none of that name and not exactly one of its kind.
+    """
+    check_number(wanted)
     features = next(iter(splits.values())).features
-    chosen = []
-    for wanted, kind in zip(columns, (datasets.Image, datasets.ClassLabel), strict=False):
-        fitting = [name for name, feature in features.items() if isinstance(feature, kind)]
-        if wanted in features:
-            chosen.append(wanted)
-        elif len(fitting) == 1:
-            chosen.append(fitting[0])
-        else:
-            raise DataError(f"{where} has no column {wanted!r}; {list_columns(tuple(features))}")
-    return chosen[0], chosen[1]
+    names, numbers, remarks = tuple(features), [], []
+    for name, kind in zip(wanted[:2], (datasets.Image, datasets.ClassLabel), strict=True):
+        fitting = [number for number, feature in enumerate(features.values()) if isinstance(feature, kind)]
+        by_kind = tuple(wanted) == COLUMNS and name not in names and len(fitting) == 1
+        number = fitting[0] if by_kind else find_name(names, name)
+        if number is None:
+            raise DataError(f"{where} has no column {name!r}; {list_columns(names)}")
+        numbers.append(number)
+    if tuple(wanted[2:]) not in ((), COLUMNS[2:]) and plain(wanted[2]):
+        remarks.append(f"the column {wanted[2]!r} is not used: the splits are those of the data set")
+    found = Columns(numbers[0], (numbers[1],), (), names, headed=True)
+    return replace(found, remarks=(*column_remarks(found, "data set"), *remarks))

@@ -10,9 +10,18 @@ from pathlib import Path
 from skipway.data.sources.readers import ImageStore
 from skipway.data.sources.scan import LeftOut
 from skipway.data.sources.splits import SPLITS, Split
-from skipway.errors import DataError, counted, printable
+from skipway.errors import DataError, counted, printable, spell
 
-__all__ = ["FilesByClass", "Inventory", "SourceIndex", "class_name", "name_list", "names_alike", "sorted_classes"]
+__all__ = [
+    "FilesByClass",
+    "Inventory",
+    "SourceIndex",
+    "class_name",
+    "idle_remarks",
+    "name_list",
+    "names_alike",
+    "sorted_classes",
+]
 
 FilesByClass = dict[str, list[str]]
 # why an image is left out that no folder labels
@@ -92,6 +101,16 @@ def name_list(names: Iterable[str], limit: int = 5) -> str:
     names = [repr(printable(name)) for name in names]
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + rest
+
+
+def idle_remarks(name: str, reason: str, **choices: object) -> list[str]:
+    """A remark for each choice that was made for a source, by its name, and has no effect on it.
+
+    >>> idle_remarks("list", "has no class folders", allow_empty=True, subfolders="merge")
+    ['allow_empty=True has no effect: list has no class folders']
+    """
+    made = [spell(choice, value) for choice, value in choices.items() if value not in (None, False, "merge")]
+    return [f"{each} has no effect: {printable(name)} {reason}" for each in made]
 
 
 def sorted_classes(names: Iterable[str]) -> tuple[str, ...]:

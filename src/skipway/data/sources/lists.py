@@ -97,12 +97,17 @@ class ListRows:
             return False
         split = self.columns.split_of(row)
         if split is None:
-            self.left_out.add(f"with an empty {self.columns.names[self.columns.split or 0]!r}", name)
+            empty = next(number for number in self.columns.split if not row[number].strip())
+            self.left_out.add(f"with an empty {self.columns.names[empty]!r}", name)
             return False
         if split not in SPLITS:
-            raise DataError(
-                f"{self.where}, row {number}: split {printable(split)!r} is not known; known are {known_names()}"
-            )
+            held = name_list(self.columns.names[number] for number in self.columns.split)
+            fault = f"split {printable(split)!r} is not known; known are {known_names()}"
+            if len(self.columns.split) > 1:
+                fault = f"{name!r} is {printable(split)!r} by {held}: the rule is 0 or 1, at most one of them 1"
+            image, label = (self.columns.names[number] for number in (self.columns.image, self.columns.label[0]))
+            unsplit = f"; {spell('columns', (image, label, '-'))} does not split by {held}"
+            raise DataError(f"{self.where}, row {number}: {fault}{unsplit if len(self.columns.label) == 1 else ''}")
         before = self.seen.get(file)
         if before is not None and before != (label, split):
             raise DataError(

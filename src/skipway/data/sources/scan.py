@@ -16,7 +16,7 @@ from pathlib import Path
 from skipway.data.content import content_fault
 from skipway.errors import counted, printable
 
-__all__ = ["SUFFIXES", "LeftOut", "SourceFolder", "scan_folder"]
+__all__ = ["SUFFIXES", "LeftOut", "SourceFolder", "name_fault", "scan_folder"]
 
 # suffixes of formats that Pillow reads and nothing else has: their files need not be opened to be found
 SUFFIXES = frozenset(
@@ -82,6 +82,14 @@ class SourceFolder:
     def name(self) -> str:
         """The name of the folder itself."""
         return self.path.rpartition("/")[2]
+
+    def enter(self, path: str) -> SourceFolder:
+        """The folder at a path below this one, made where it is missing."""
+        here = self
+        for name in path.split("/"):
+            if name not in ("", "."):
+                here = here.folders.setdefault(name, SourceFolder(f"{here.path}/{name}" if here.path else name))
+        return here
 
     def walk(self) -> Iterator[SourceFolder]:
         """This folder and all below it."""
@@ -187,6 +195,21 @@ def leads_to(entry: os.DirEntry[str], kind: Callable[[os.DirEntry[str]], bool]) 
         return kind(entry)
     except OSError:
         return False
+
+
+def name_fault(path: str) -> str:
+    """The reason why a file in an archive is left out by its path, as below a folder, else "".
+
+    >>> name_fault("./cat/1.png"), name_fault("cat/.1.png"), name_fault(".git/1.png"), name_fault("__MACOSX/cat/1.png")
+    ('', 'hidden', 'in hidden folders', 'in folders that a system made')
+    """
+    *folders, file = path.split("/")
+    for folder in folders:
+        if folder.startswith(".") and folder != ".":
+            return "in hidden folders"
+        if folder in SYSTEM_FOLDERS:
+            return "in folders that a system made"
+    return "hidden" if file.startswith(".") else ""
 
 
 def is_below(path: str, folder: str) -> bool:

@@ -1,8 +1,9 @@
 """Tar shards as the webdataset library writes them: `key.jpg` beside `key.cls` or `key.json`, read in place.
 
 webdataset reads shards sequentially; here members are read at random, so only its naming rules are used
-(`tests/data/test_sources.py` compares them): the key of a member is its path up to the first dot of its name. A member
-without a label beside it has its folder's name for a label, so a tar file of class folders works as it is.
+(`tests/data/test_sources.py` compares them): the key of a member is its path up to the first dot of its name. Of a
+.cls and a .json with one key, the .cls is the label. Members without a label beside them are read as the unpacked
+folder is, so a tar file of class folders works as it is, with `train`, `val` and `test` in it or without.
 """
 
 from __future__ import annotations
@@ -11,25 +12,27 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from skipway.data.content import HEAD_BYTES, content_fault
 from skipway.data.decode import MAX_BYTES
+from skipway.data.sources.folders import Layout, Subfolders, innermost, layout_of, read_layout
 from skipway.data.sources.index import (
     FilesByClass,
     SourceIndex,
     check_classes,
     check_known_classes,
     files_of_classes,
+    idle_remarks,
     name_list,
     sorted_classes,
 )
 from skipway.data.sources.readers import ShardMember, ShardStore, check_member_name
-from skipway.data.sources.scan import SUFFIXES, LeftOut
-from skipway.data.sources.splits import SPLITS, Split, looks_like_split, split_in
+from skipway.data.sources.scan import SUFFIXES, LeftOut, SourceFolder, name_fault
+from skipway.data.sources.splits import SPLITS, Split, looks_like_split, split_in, split_of
 from skipway.errors import DataError, printable
 
 __all__ = ["expand_braces", "index_shards", "key_and_suffix", "shard_paths"]
@@ -88,15 +91,19 @@ def shard_paths(source: Path) -> list[Path]:
     return [Path(name) for name in expand_braces(str(source))]
 
 
-def index_shards(source: Path, *, allow_empty: bool = False, fewest: int = 2) -> SourceIndex:
+def index_shards(
+    source: Path, *, allow_empty: bool = False, subfolders: Subfolders = "merge", fewest: int = 2
+) -> SourceIndex:
     """Index the images of tar shards.
 
     A shard belongs to the split that is one of the words of its name or its folder's name; to train if none
-    is. A shard whose name sounds like another split, such as `extra-000.tar`, is left alone.
+    is. A shard whose name sounds like another split, such as `extra-000.tar`, is left alone. Images without a label
+    beside them are read as from the unpacked folders of all shards together, see `index_folders`.
 
     Raises:
         DataError: a shard is missing, compressed, damaged, holds a link or a name that leads out of it, or too many
-            members; an image has no label.
+            members; an image has no label; folders in a shard name splits that its name or the labels do not; or what
+            `index_folders` refuses.
     """
     paths = shard_paths(source)
     missing = [path for path in paths if not path.is_file()]
@@ -106,40 +113,126 @@ def index_shards(source: Path, *, allow_empty: bool = False, fewest: int = 2) ->
             "missing, or name those that are there"
         )
     root = source if source.is_dir() else Path(*common_folder(paths))
+    shards = {path: path.relative_to(root).as_posix() for path in paths}
+    used = {path: split_in(shard) for path, shard in shards.items()}
+    unused = [shards[path] for path, split in used.items() if split is None and looks_like_split(path.stem)]
+    by_shard = any(split not in ("train", None) for split in used.values())
     members: dict[str, ShardMember] = {}
-    splits: dict[Split, FilesByClass] = {split: {} for split in SPLITS}
+    splits: dict[Split, FilesByClass] = {}
+    folders: set[str] = set()
+    unlabelled: dict[str, list[str]] = {}
+    labelled: dict[Split, set[str]] = {split: set() for split in SPLITS}
     left_out = LeftOut()
-    unused = []
-    for path in paths:
-        shard = path.relative_to(root).as_posix()
-        split = split_in(shard)
-        if split is None and looks_like_split(path.stem):
-            unused.append(shard)
+    for path, shard in shards.items():
+        if shard in unused:
             continue
-        for member, label, place in scan_shard(path, left_out):
-            name = f"{shard}/{member}"
-            members[name] = ShardMember(shard, *place)
-            splits[split or "train"].setdefault(label, []).append(name)
+        split = used[path] or "train"
+        start = f"{split}/" if by_shard else ""
+        images, inside = scan_shard(path, left_out)
+        folders |= {start + folder for folder in inside}
+        for member, label, place in images:
+            file, folder = f"{shard}/{member}", member.rpartition("/")[0]
+            members[file] = ShardMember(shard, *place)
+            if label is None:
+                unlabelled.setdefault(start + folder, []).append(file)
+            else:
+                splits.setdefault(split, {}).setdefault(label, []).append(file)
+                labelled[split].add(folder)
         if len(members) > MAX_MEMBERS:
             raise DataError(f"{printable(source)} holds more than {MAX_MEMBERS:,} images, the most: train on a part")
-    where, files = printable(source), files_of_classes(splits, fewest)
+    where, name = printable(source), paths[0].stem if len(paths) == 1 else root.resolve().name
+    for apart in labelled.values():
+        check_labelled(apart, where)
+    left_alone = tuple(f"{printable(shard)!r}: its name is none of train, val, test" for shard in unused)
+    if unlabelled:
+        tree = SourceFolder("")
+        # folders without an image are classes, too, where folders say the classes
+        inside = unlabelled.keys() if any(labelled.values()) else unlabelled.keys() | folders
+        for folder in sorted(inside, key=lambda folder: folder.split("/")):
+            tree.enter(folder).files += unlabelled.get(folder, [])
+        top = tree if by_shard else unwrapped(tree)
+        layout = layout_by_shards(tree, where) if by_shard else layout_of(top, where)
+        found, remarks = read_layout(tree, top, layout, subfolders, left_out)
+        left_alone += layout.left_alone
+        add_in_order(splits, found, members)
+    else:
+        idle = {"allow_empty": allow_empty, "subfolders": subfolders} if fewest > 1 else {}
+        remarks = idle_remarks(name, "has no class folders", **idle)
+    files = files_of_classes(splits, fewest)
     classes = sorted_classes(files)
     if unused and not files:
         raise DataError(f"{where} holds {name_list(unused)} but no training shard: name it train-000.tar")
     check_classes(files, where, allow_empty=allow_empty, left_out=left_out, fewest=fewest)
     for other in SPLITS[1:]:
-        if splits[other]:
+        if other in splits:
             check_known_classes(splits[other], classes, where, other)
     return SourceIndex(
         store=ShardStore(root, members),
-        name=paths[0].stem if len(paths) == 1 else root.resolve().name,
+        name=name,
         classes=classes,
-        train={name: splits["train"].get(name, []) for name in classes},
-        validation=splits["validation"] or None,
-        test=splits["test"] or None,
+        train={name: splits.get("train", {}).get(name, []) for name in classes},
+        validation=splits.get("validation"),
+        test=splits.get("test"),
         left_out=left_out,
-        unused=tuple(f"{printable(shard)!r}: its name is none of train, val, test" for shard in unused),
+        unused=left_alone,
+        remarks=tuple(remarks),
     )
+
+
+def add_in_order(splits: dict[Split, FilesByClass], found: dict[Split, FilesByClass], order: Iterable[str]) -> None:
+    """Add the images that were found in class folders to those of their split and class, in the order of all images."""
+    place = {file: number for number, file in enumerate(order)}
+    for split, files in found.items():
+        known = splits.setdefault(split, {})
+        for name, images in files.items():
+            known[name] = sorted([*known.get(name, []), *images], key=place.__getitem__)
+
+
+def unwrapped(folder: SourceFolder) -> SourceFolder:
+    """The folder below those that hold nothing but one folder, as a tar file has them around its class folders."""
+    while not folder.files and len(folder.folders) == 1:
+        (inner,) = folder.folders.values()
+        if inner.files or not inner.folders:  # a class
+            break
+        folder = inner
+    return folder
+
+
+def layout_by_shards(tree: SourceFolder, where: str) -> Layout:
+    """The layout of the folders in shards, by split, whose names say the splits.
+
+    Raises:
+        DataError: folders in them name splits, too.
+    """
+    parts = {split: innermost(unwrapped(tree.folders[split]), split) for split in SPLITS if split in tree.folders}
+    again = [
+        folder.path
+        for part in parts.values()
+        for folder in part.folders.values()
+        if split_of(folder.name) and (folder.folders or split_of(folder.name) != "train")
+    ]
+    if again:
+        raise DataError(
+            f"{where}: the names of the shards say their splits, and so do the folders {name_list(again)} in them: "
+            "pack each split into shards of its own, train-000.tar and test-000.tar for example"
+        )
+    held: dict[Split, list[SourceFolder]] = {split: [parts[split]] for split in SPLITS[1:] if split in parts}
+    return Layout(train=parts.get("train", SourceFolder("train")), held=held)
+
+
+def check_labelled(folders: Collection[str], where: str) -> None:
+    """Check that the folders of images with labels beside them, in the shards of one split, do not divide them again.
+
+    Raises:
+        DataError: some of them name a validation or test split, and others do not.
+    """
+    splits = {next(filter(None, map(split_of, folder.split("/"))), None) for folder in folders}
+    if len(splits) > 1 and not splits <= {"train", None}:
+        named = sorted(folder for folder in folders if any(map(split_of, folder.split("/"))))
+        raise DataError(
+            f"{where}: the folders {name_list(named)} of images with labels beside them name splits, and the names of"
+            " the shards do not: pack each split into shards of its own, train-000.tar and test-000.tar for example"
+        )
 
 
 def common_folder(paths: Sequence[Path]) -> tuple[str, ...]:
@@ -152,11 +245,14 @@ def common_folder(paths: Sequence[Path]) -> tuple[str, ...]:
     return tuple(shared)
 
 
-def scan_shard(path: Path, left_out: LeftOut) -> list[tuple[str, str, tuple[int, int]]]:
-    """(name, label, (offset, size)) of every image of a shard; only labels are read."""
+def scan_shard(path: Path, left_out: LeftOut) -> tuple[list[tuple[str, str | None, tuple[int, int]]], set[str]]:
+    """(name, label, (offset, size)) of every image of a shard, with None for one without a label beside it, and the
+    folders in the shard; only labels are read.
+    """
     images: list[tuple[str, str, tuple[int, int]]] = []
     others: list[tuple[str, str, tuple[int, int]]] = []
     labels: dict[str, tuple[str, tuple[int, int]]] = {}
+    folders: set[str] = set()
     size, count = path.stat().st_size, 0
     try:
         with tarfile.open(path, "r:") as tar:
@@ -165,17 +261,21 @@ def scan_shard(path: Path, left_out: LeftOut) -> list[tuple[str, str, tuple[int,
                 tar.members = []  # pyrefly: ignore[missing-attribute]
                 count += 1
                 check_member(path, member, size, count)
+                if member.isdir() and not name_fault(f"{member.name}/-"):
+                    folders.add(member.name)
                 if not member.isreg():
                     continue
-                if Path(member.name).name.startswith("."):
-                    left_out.add("hidden", f"{path.name}/{member.name}")
+                if fault := name_fault(member.name):
+                    left_out.add(fault, f"{path.name}/{member.name}")
                     continue
+                folders.add(member.name.rpartition("/")[0])
                 key, suffix = key_and_suffix(member.name)
                 place = (member.offset_data, member.size)
                 if "." + suffix.rpartition(".")[2] in SUFFIXES:
                     images.append((member.name, key, place))
                 elif suffix in ("cls", "json"):
-                    labels[key] = (suffix, place)
+                    if suffix == "cls" or key not in labels or labels[key][0] == "json":
+                        labels[key] = (suffix, place)
                 else:
                     others.append((member.name, key, place))
     except DataError:
@@ -192,7 +292,7 @@ def scan_shard(path: Path, left_out: LeftOut) -> list[tuple[str, str, tuple[int,
             else:
                 images.append(other)
         images.sort(key=lambda image: image[2])
-        return [(name, label_of(path, file, name, labels.get(key)), place) for name, key, place in images]
+        return [(name, label_of(path, file, name, labels.get(key)), place) for name, key, place in images], folders
 
 
 def describe_member(file: Any, name: str, key: str, place: tuple[int, int]) -> str:
@@ -230,8 +330,8 @@ def compression_advice(path: Path) -> str:
     return ""
 
 
-def label_of(path: Path, file: Any, name: str, beside: tuple[str, tuple[int, int]] | None) -> str:
-    """The label of an image, from the .cls or .json with its key, or its folder."""
+def label_of(path: Path, file: Any, name: str, beside: tuple[str, tuple[int, int]] | None) -> str | None:
+    """The label of an image from the .cls or .json with its key; None: there is none, and it lies in a folder."""
     what = f"{printable(path)}: the label of {printable(name)!r}"
     if beside is None:
         folder = name.strip("/").rpartition("/")[0].rpartition("/")[2]
@@ -240,7 +340,7 @@ def label_of(path: Path, file: Any, name: str, beside: tuple[str, tuple[int, int
                 f"{what} is missing: there is no .cls or .json beside it and it lies in no folder; name the image "
                 "CLASS/IMAGE in the shard, or add KEY.cls"
             )
-        return folder
+        return None
     suffix, (offset, size) = beside
     if size > min(MAX_LABEL_BYTES, MAX_BYTES):
         raise DataError(f"{what} takes {size:,} bytes; the rule is at most {MAX_LABEL_BYTES:,}")

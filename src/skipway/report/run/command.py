@@ -7,29 +7,40 @@ import shlex
 from pathlib import Path
 
 from skipway.errors import printable
-from skipway.recipe import Recipe
+from skipway.recipe import LENGTHS, Kind, Recipe
 
 __all__ = ["again_command", "train_command"]
 
 
-def train_command(recipe: Recipe) -> str:
-    """Return the command line of a recipe for readers: `skipway train` with every option that is not the default.
+def train_command(recipe: Recipe, kind: Kind | None = None) -> str:
+    """Return the command line of a recipe for readers: `skipway train` with every option that has an effect and is not
+    the default.
 
     A path below the current folder is relative to it, and channel statistics have four digits: what repeats a run
     exactly is `again_command`.
+
+    Args:
+        recipe: of a run.
+        kind: of its data; options for the other kind have no effect. None: options for both.
 
     >>> train_command(Recipe(depth=8, flip=False, scheme="skipinit(0.1)"))
     "skipway train --no-flip --depth 8 --scheme 'skipinit(0.1)'"
     >>> train_command(Recipe(mean="0.4913996898,0.4821584196"))
     'skipway train --mean 0.4914,0.4822'
+    >>> train_command(Recipe(time="1h", epochs=30))
+    'skipway train --time 1h'
+    >>> train_command(Recipe(fit="crop", context=64), "text")
+    'skipway train --context 64'
     """
     words = ["skipway", "train"]
     values = recipe.to_json()
+    idle = [*[name for name in LENGTHS if values[name] is not None][1:], *recipe.idle_fields]
     if values["data"] is not None:
         words.append(shown_path(values["data"]))
     for field in dataclasses.fields(Recipe):
         value = values[field.name]
-        if field.name == "data" or value == field.default:
+        other = kind is not None and field.metadata.get("only") not in (None, kind)
+        if field.name in ("data", *idle) or value == field.default or other:
             continue
         if field.name in ("mean", "std"):
             value = ",".join(f"{number:.4g}" for number in recipe.numbers(field.name) or ())

@@ -13,7 +13,7 @@ from skipway.checkpoint.files import read_json
 from skipway.data.sources.splits import SPLITS
 from skipway.errors import CheckpointError, duration, printable
 from skipway.inference.evaluation import Evaluation, wilson_interval
-from skipway.inference.metrics import class_scores, percent
+from skipway.inference.metrics import class_scores, looked_at, percent
 from skipway.inference.predict import from_pretrained
 from skipway.report.mixing_matrix import measured_mixing
 from skipway.report.page import write_page
@@ -112,6 +112,7 @@ def page_values(
     choice = chosen_text(
         len(run.data.validation), run.progress.best_accuracy, run.progress.best_epoch, run.progress.epoch
     )
+    looked = looked_at(len(run.progress.tested_after), "at the end")
     calibration, calibration_text = calibration_charts(predictions)
     signals = signal_figures(run.folder.read_health())
     classes = class_table(scores, names)
@@ -127,12 +128,12 @@ def page_values(
     steps = folder.read_steps()
     return {
         "title": f"{run.recipe.model} on {printable(run.data.name)}",
-        "command": train_command(run.recipe),
+        "command": train_command(run.recipe, "image"),
         "again": again_command(run.folder.path),
         "accuracy": percent(evaluation.accuracy),
         "images": f"{evaluation.total:,}",
         "interval": f"{100 * low:.1f} to {percent(high)}",
-        "choice": f"{choice[0].upper()}{choice[1:]}. The test images were looked at once, at the end.",
+        "choice": f"{choice[0].upper()}{choice[1:]}. The test images were {looked}.",
         "key_numbers": [
             ("balanced accuracy", percent(scores.balanced_accuracy)),
             ("mean F1", percent(scores.macro_f1)),

@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from skipway.errors import duration, printable
+from skipway.inference.metrics import looked_at
 from skipway.inference.predict import from_pretrained
 from skipway.inference.text_evaluation import TextEvaluation
 from skipway.report.chart import Figure, Mark, Series, Style
@@ -75,16 +77,19 @@ def text_page_values(run: FinishedRun, evaluation: TextEvaluation, network: torc
     mixing, no_mixing = measured_mixing(network.eval(), len(connections), ids, targets)
     best = next((row for row in metrics if row["epoch"] == progress.best_epoch), {})
     choice = chosen_step_text(folder, progress.best_epoch)
+    test = f"The test text was {looked_at(len(progress.tested_after), 'at the end')}"
+    if np.shares_memory(data.test.tokens[:1], data.validation.tokens[:1]):
+        test = "They were tested on the validation text, so the result is a little too good"
     lines = [*text_lines(data), *model_lines(run.model, run.recipe, len(connections), run.steps_per_epoch)]
     validation = best.get("validation_bits_per_byte")
     return {
         "title": f"{run.recipe.model} on {printable(data.name)}",
-        "command": train_command(run.recipe),
+        "command": train_command(run.recipe, "text"),
         "again": again_command(run.folder.path),
         "bits": f"{evaluation.bits_per_byte:.3f}",
         "bytes": f"{evaluation.bytes:,}",
         "tokens": f"{evaluation.total:,}",
-        "choice": f"{choice[0].upper()}{choice[1:]}. The test text was looked at once, at the end.",
+        "choice": f"{choice[0].upper()}{choice[1:]}. {test}.",
         "key_numbers": [
             ("loss per token", f"{evaluation.loss:.4f} nats"),
             ("perplexity", f"{evaluation.perplexity:,.2f}"),
