@@ -25,7 +25,7 @@ from skipway.errors import CheckpointError, SkipwayError
 from skipway.training.run_folder import RunFolder
 from skipway.weights import files
 
-MANY = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+MANY = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 HERE = Path("here")
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -139,8 +139,8 @@ def test_tensors_of_any_names_and_shapes_into_a_model(tmp_path_factory, shapes):
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".json", MANIFEST])
-def test_twenty_thousand_inputs(tmp_path, suffix):
-    """5,000 for each reader: good files with bytes changed, cut, doubled and put in, and noise."""
+def test_six_thousand_inputs(tmp_path, suffix):
+    """1,500 for each reader: good files with bytes changed, cut, doubled and put in, and noise."""
     chance = random.Random(suffix)
     path = tmp_path / f"x{suffix}"
     if suffix == ".pt":
@@ -156,7 +156,7 @@ def test_twenty_thousand_inputs(tmp_path, suffix):
     else:
         good = Manifest(3, {"state.json": Entry(2, "0" * 64)}).encoded()
         read = lambda: Manifest.parse(path.read_bytes(), path)  # noqa: E731
-    for _ in range(5000):
+    for _ in range(1500):
         content = bytearray(good if chance.random() < 0.9 else chance.randbytes(chance.randrange(200)))
         for _ in range(chance.randrange(1, 4)):
             place = chance.randrange(len(content) + 1)

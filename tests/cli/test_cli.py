@@ -296,7 +296,7 @@ WEIGHTS_STATE = {"mean", "std", "resample", "crop_share"}
         (["--batch-size", "512"], {"lr"}),
         (["--size", "224"], {"crop", "crop_share", "grow_from"}),
         (["--fit", "pad"], {"mean", "std", "crop_share"}),
-        (["other"], {"mean", "std", "resample", "channels", "flip"}),
+        (["other"], {"mean", "std", "channels", "flip"}),
         (["--seed", "4"], set()),
     ],
 )
@@ -311,6 +311,40 @@ def test_what_a_run_derived_follows_what_it_was_derived_from(monkeypatch, capsys
     assert ("not taken from run, since they were chosen beside other options than" in out) == bool(open_fields)
     assert ("--lr 0.1" in out) == ("lr" in open_fields)
     assert fill("--config", "run", *options, "--mean", "0.4").mean == "0.4"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["photos/"],
+        ["--batch-size", "128"],
+        ["--start", "random"],
+        ["--model", "resnet8"],
+        ["--size", "32"],
+        ["--optimizer", "sgd", "--lr", "0.10"],
+    ],
+)
+def test_an_option_that_repeats_the_value_of_a_run_changes_nothing(monkeypatch, capsys, options):
+    pictures(Path("photos"))
+    stored = {**DERIVED, "data": Path("photos").resolve()}
+    recipe = filled(monkeypatch, **stored)("--config", "run", *options, "--seed", "4")
+    assert ResolvedRecipe.of(Recipe(**stored)).changes(recipe).keys() - {"data"} == {"seed"}
+    assert "not taken from" not in capsys.readouterr().out
+
+
+def test_what_is_dropped_is_named_to_the_digit_and_by_kind(monkeypatch, capsys):
+    stored = {"mean": "0.4913996898", "std": "0.25", "weights_names": "timm", "weights_entry": "ema"}
+    fill = filled(monkeypatch, **stored, start="a.pth")
+    recipe = fill("--config", "run", "--start", "b.pth")
+    assert (recipe.weights_names, recipe.weights_entry) == ("skipway", None)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "--mean 0.4913996898 --std 0.25 --weights-names timm --weights-entry ema" in out
+    shutil.rmtree("run")
+    fill = filled(monkeypatch, model="gpt-micro", tokenizer="chars", start="a")
+    assert fill("--config", "run", "--start", "b").tokenizer is None
+    out = " ".join(capsys.readouterr().out.split())
+    assert "than these: --tokenizer chars" in out
+    assert not any(option in out for option in ("--fit", "--grey16"))
 
 
 @pytest.mark.parametrize(

@@ -246,6 +246,7 @@ def test_evaluate_takes_a_folder_of_transformers(layout, tmp_path, monkeypatch, 
         (folder / layout).write_text(json.dumps({"weight_map": homes}))
     book.write_text("Once upon a time there was a text. " * 9)
     monkeypatch.setattr(hub, "download", lambda name, others=(): {"hf:org/name": folder}[name])
+    monkeypatch.setattr("skipway.inference.predict.find_text_inputs", lambda path: pytest.fail("all weights were read"))
     for run in (str(folder), "hf:org/name"):
         assert main(["evaluate", run, str(book), "--device", "cpu", "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["bits_per_byte"] == pytest.approx(8, rel=1e-6)
@@ -259,6 +260,15 @@ def test_evaluate_takes_a_name_on_the_hub(outcome, run, test_images, monkeypatch
     monkeypatch.setattr(hub, "download", lambda name, others=(): {"hf:me/net": Path(run)}[name])
     assert main(["evaluate", "hf:me/net", str(test_images), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["confusion"] == outcome.evaluation.confusion.tolist()
+    given = []
+
+    def evaluate(path, data, **options):
+        given.append(path)
+        raise DataError("far enough")
+
+    monkeypatch.setattr("skipway.inference.run_evaluation.evaluate_images", evaluate)
+    assert main(["evaluate", "hf:me/net", str(test_images)]) == 3
+    assert given == ["hf:me/net"]  # no path, whose slash is another one on Windows
 
 
 def test_help_says_how_many_at_a_time(capsys):

@@ -464,8 +464,10 @@ def test_what_is_refused_as_a_folder_is_refused_in_a_tar(tmp_path):
         index_source(tar("a.tar", *tree("cat", "dog", "extra")))
     with pytest.raises(DataError, match=r"class 'cow' in .*b.tar is not in the training split"):
         index_source(tar("b.tar", *tree("train/cat", "train/dog", "test/cow")))
+    with tarfile.open(tar("c.tar", *tree("cat", "dog")), "a") as file:
+        file.addfile(member("emu", type=tarfile.DIRTYPE))
     with pytest.raises(DataError, match=r"class folder 'emu' in .*c.tar holds no image; .*allow_empty=True"):
-        index_source(tar("c.tar", *tree("cat", "dog"), "emu/notes.txt"))
+        index_source(tmp_path / "c.tar")
     assert index_source(tmp_path / "c.tar", allow_empty=True).classes == ("cat", "dog", "emu")
     wrapped = index_source(tar("d.tar", *tree("photos/dog")), fewest=1)  # one class to evaluate
     assert wrapped.classes == ("dog",)
@@ -497,6 +499,88 @@ def test_shards_named_by_splits_hold_class_folders(tmp_path):
     tar("train-1.tar", *tree("train/cat", "train/dog", "test/cat"))
     with pytest.raises(DataError, match="the names of the shards say their splits, and so do the folders 'train/t"):
         index_source(tmp_path)
+
+
+WHOLE = {
+    "each names its split": (("train-000", "train-001", "val-000"), {"train": 2, "validation": 1}),
+    "numbered": (("part-000", "part-001"), {"train": 2}),
+    "numbered, in splits": (
+        ("my-train-000", "my-train-001", "my-val-000", "my-val-001"),
+        {"train": 2, "validation": 2},
+    ),
+    "the folders name the split": (("a/train-000", "b/train-001"), {"train": 2}),
+}
+"""Names of shards, each of a folder of that name, or of the one behind the slash, and shards of each split."""
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_a_folder_around_a_whole_shard_is_no_class(tmp_path, kind):
+    """As `tar cf train-000.tar train-000` makes it."""
+    names, splits = WHOLE[kind]
+    (tmp_path / "shards").mkdir()
+    for number, name in enumerate(names):
+        stem, top = name.partition("/")[0], name.rpartition("/")[2]
+        folder(tmp_path / str(number), each=3)
+        with tarfile.open(tmp_path / "shards" / f"{stem}.tar", "w") as tar:
+            tar.add(tmp_path / str(number), arcname=top)
+    found = index_source(tmp_path / "shards")
+    assert found.classes == LABELS
+    counts = {split: [len(files) for files in part.values()] for split, part in by_split(found).items()}
+    assert counts == {split: [3 * shards] * 2 for split, shards in splits.items()}
+    assert not found.unused
+    said = any("each of the numbered shards is one folder" in remark for remark in found.remarks)
+    assert said == kind.startswith("numbered")
+
+
+@pytest.mark.parametrize(
+    ("places", "classes"),
+    [("cat/indoor dog/indoor dog/out", "cat dog"), ("0 1", "0 1"), ("n01/images n02/images", "n01 n02")],
+)
+def test_a_shard_may_be_a_class(tmp_path, places, classes):
+    for name in classes.split():
+        files = tree(*(place for place in places.split() if place.startswith(name)))
+        write_tar(tmp_path / f"{name}.tar", [(file, picture(number)) for number, file in enumerate(files)])
+    assert index_source(tmp_path).classes == tuple(classes.split())
+
+
+def test_shards_by_split_may_hold_a_class_that_is_named_like_one(tmp_path):
+    for name in ("train", "test"):
+        files = tree("valid", "invalid")
+        write_tar(tmp_path / f"{name}.tar", [(file, picture(number)) for number, file in enumerate(files)])
+    found = index_source(tmp_path)
+    assert found.classes == ("invalid", "valid")
+    assert {name: len(files) for name, files in (found.test or {}).items()} == {"invalid": 3, "valid": 3}
+
+
+def test_folders_of_other_files_in_a_tar_are_no_classes(tmp_path):
+    for number, (places, other) in enumerate(
+        [(("images/cat", "images/dog"), "annotations/0.xml"), (("cat", "dog"), "docs/en/readme.txt")]
+    ):
+        root = tmp_path / str(number)
+        for file in tree(*places):
+            (root / file).parent.mkdir(parents=True, exist_ok=True)
+            (root / file).write_bytes(picture(len(file)))
+        (root / other).parent.mkdir(parents=True)
+        (root / other).write_text("<notes/>")
+        with tarfile.open(root.with_suffix(".tar"), "w") as tar:
+            tar.add(root, arcname=".")
+        found = index_source(root.with_suffix(".tar"))
+        assert found.classes == LABELS
+        assert found.inventory.total == 7
+
+
+def test_held_parts_alone_are_evaluated(tmp_path):
+    files = tree("val/cat", "test/cat", "test/dog")
+    for number, file in enumerate(files):
+        (tmp_path / "held" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "held" / file).write_bytes(picture(number))
+    write_tar(tmp_path / "held.tar", [(file, picture(number)) for number, file in enumerate(files)])
+    for name in ("held", "held.tar"):
+        found = index_source(tmp_path / name, fewest=1)
+        assert (found.classes, found.train) == (LABELS, {"cat": [], "dog": []})
+        assert {label: len(images) for label, images in (found.test or {}).items()} == {"cat": 3, "dog": 3}
+        with pytest.raises(DataError, match="but no training folder"):
+            index_source(tmp_path / name)
 
 
 def test_labels_beside_images_do_not_hide_folders_of_splits(tmp_path):
@@ -566,9 +650,15 @@ def test_marks_of_validation_and_test_images_are_read_together(tmp_path):
     assert "splits from 'is_valid', 'is_test'" in found.remarks[0]
     with pytest.raises(DataError, match="is 'validation and test' by 'is_valid', 'is_test': the rule is 0 or 1"):
         index_source(marked("b.csv", both, (0, 0), (0, 0), (1, 1)))
-    empty = index_source(marked("c.csv", both, (0, 0), (0, 0), (1, ""), ("", 0)))
-    assert dict(empty.left_out.counts) == {"with an empty 'is_test'": 3}
-    assert sum(map(len, (empty.test or {}).values())) == 3
+    sparse = index_source(marked("c.csv", both, ("", 0), ("", 0), (1, 0), ("", 1)))
+    assert {split: sum(map(len, part.values())) for split, part in by_split(sparse).items()} == {
+        "train": 6,
+        "validation": 3,
+        "test": 3,
+    }
+    assert not sparse.left_out
+    empty = index_source(marked("e.csv", both, (0, 0), (0, ""), ("", "")))
+    assert dict(empty.left_out.counts) == {"with an empty 'is_valid', 'is_test'": 4}
     path = marked("d.csv", ("is_test", "split"), (1, "train"), (0, "train"), (0, "val"), (0, "val"))
     named = index_source(path, columns=("photo", "kind"))
     assert "the column 'is_test' holds splits, too, and is not used: 'split' is" in named.remarks

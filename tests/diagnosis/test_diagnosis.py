@@ -346,7 +346,7 @@ def learnable(count: int = 64) -> tuple[Tensor, Tensor]:
 def test_plain_depth_is_blamed_and_mended():
     torch.manual_seed(0)
     model = sw.build("resnet", depth=56, scheme="plain", classes=4, width=4, stem_width=4, channels=1)
-    diagnosis = diagnosed(model, learnable(), lr=0.1)
+    diagnosis = diagnosed(model, learnable(), lr=0.1, allowance=0)
     found = next(finding for finding in diagnosis.findings if finding.rule == "no-skips")
     assert found.remedies[0] == Rescheme("identity")
     treatment = diagnosis.fix(Rescheme("identity"))

@@ -349,6 +349,23 @@ class Argmax(nn.Module):
         return x.argmax(-1)
 
 
+class Flips(nn.Module):
+    """Whole numbers, one in a hundred of which follows from the size of the batch, as close decisions may."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4, 100, dtype=dtype))
+
+    def forward(self, x):
+        names = (x.to(self.weight) @ self.weight > 0).long()
+        return torch.cat([names[:, :99], names[:, :1] + len(x)], 1)
+
+
+def test_whole_numbers_of_16_bits_may_flip():
+    assert find_batch_axes(Flips(torch.float32), X) is None
+    assert find_batch_axes(Flips(torch.bfloat16), X).outputs == (0,)
+
+
 class Largest(nn.Module):
     """Divides by the largest number of a batch, as a quantisation of whole tensors does."""
 

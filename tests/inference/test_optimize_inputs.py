@@ -16,12 +16,13 @@ from torch import nn
 
 from skipway.errors import SkipwayError
 from skipway.inference.answer_check import AnswerCheck
+from skipway.inference.backend_search import BackendSearch
 from skipway.inference.backend_selection import BackendComparison
 from skipway.inference.backends import BACKENDS, LAYOUTS, Backend, Choice
 from skipway.inference.optimized_model import assemble, load_optimized, optimize, watch_answers
 from skipway.inference.outputs import in_type, output_difference
 from skipway.tracing.containers import tensors_in
-from skipway.tracing.module_state import copy_module, differing_state
+from skipway.tracing.module_state import copy_module, differing_state, is_changed
 from skipway.tracing.watch import watch
 
 X = torch.linspace(-1, 1, 12).view(3, 4)
@@ -290,6 +291,12 @@ def test_a_result_starts_with_the_state_of_the_model(backend, tmp_path):
                 torch.testing.assert_close(each(x), expected)
 
 
+class Answers(dict):
+    """Whatever attribute it is asked for, it answers: a configuration as people write them."""
+
+    __getattr__ = dict.get
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [
@@ -307,6 +314,9 @@ def test_a_result_starts_with_the_state_of_the_model(backend, tmp_path):
         (deque([1]), deque([2])),
         ({1}, {1, 2}),
         (np.ones(2), np.zeros(2)),
+        (np.array([1, [2]], dtype=object), np.array([1, [3]], dtype=object)),
+        (bytearray(b"a"), bytearray(b"b")),
+        (Answers(h=1), Answers(h=2)),
         ([nn.Linear(2, 2)], [nn.Linear(2, 2)]),
     ],
 )
@@ -323,6 +333,7 @@ def test_what_is_the_same_in_a_copy():
     """NaN is not equal to itself, and keys that are modules are others in a copy."""
     model = nn.Sequential(nn.Linear(2, 2))
     model[0].held = [math.nan, torch.tensor([math.nan, 1]), {model[0]: 1}, {model[0], model}, print, model]
+    model[0].rows = np.array([SimpleNamespace(h=1), [math.nan]], dtype=object)
     assert differing_state(model, copy_module(model)) == []
 
 
@@ -522,16 +533,17 @@ def test_a_hook_that_is_a_method_of_the_network_stays_the_copys():
 
 
 class Lazy(nn.Linear):
-    """A table that is made in the first pass, which a flag tells; and a mapping that a part of the network reads."""
+    """A table made in the first pass, which a flag tells; a mapping that a part of the network reads; a counter."""
 
     def __init__(self):
         super().__init__(4, 2)
-        self.ready, self.table, self.shared, self.part = False, None, {}, nn.Identity()
+        self.ready, self.table, self.shared, self.part, self.calls = False, None, {}, nn.Identity(), 0
         self.part.shared = self.shared
 
     def forward(self, x):
         if not self.ready:
             self.ready, self.table = True, torch.ones(2)
+        self.calls += 1
         self.shared["scale"] = x.abs().mean()
         return super().forward(x) * self.table * self.part.shared["scale"]
 
@@ -682,7 +694,7 @@ class Adapt(nn.Linear):
         return super().forward(x - self.mean)
 
 
-@pytest.mark.parametrize("name", ["openvino", "onnxruntime", "inductor", "eager"])
+@pytest.mark.parametrize("name", ["openvino", "onnxruntime", "inductor"])
 def test_a_network_with_a_state_is_given_to_no_backend_that_makes_constants_of_it(name):
     model = Adapt()
     comparison, choice = BackendComparison(model, X), Choice(name)
@@ -697,9 +709,10 @@ def test_a_network_with_a_state_is_given_to_no_backend_that_makes_constants_of_i
     assert comparison.refusal.startswith("precision='int8': a call writes into mean, which is lost in this backend; ")
 
 
-def test_a_state_that_moves_slowly_is_followed():
+@pytest.mark.parametrize("backend", ["torch", "eager"])
+def test_a_state_that_moves_slowly_is_followed(backend):
     model = Adapt().eval()
-    fast = optimize(model, X + 5, backends="torch", cache=False)
+    fast = optimize(model, X + 5, backends=backend, cache=False)
     with torch.no_grad():
         for _ in range(500):
             found, expected = fast(X + 5), model(X + 5)
@@ -938,3 +951,203 @@ def test_hooks_that_compute_with_a_part_of_the_network_take_that_of_the_copy(hoo
     found = fast(X)
     assert model.gate.num_batches_tracked == 0
     torch.testing.assert_close(found, model.eval()(X))
+
+
+class Remembers(nn.Linear):
+    """Keeps what it computed for others to look at, and reads it in no other call."""
+
+    def __init__(self):
+        super().__init__(4, 4)
+        self.attention = None
+
+    def forward(self, x):
+        self.attention = super().forward(x).softmax(-1)
+        return self.attention @ self.weight
+
+
+class Resets(nn.Module):
+    """Runs a cell over the columns; its state begins anew in every call."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.GRUCell(1, 4)
+        self.register_buffer("hidden", None)
+
+    def forward(self, x):
+        self.hidden = x.new_zeros(len(x), 4)
+        for column in x.split(1, 1):
+            self.hidden = self.cell(column, self.hidden)
+        return self.hidden
+
+
+@pytest.mark.parametrize("kind", [Remembers, Resets])
+def test_what_every_call_overwrites_is_no_state(kind):
+    model = kind().eval()
+    comparison = BackendComparison(model, X)
+    assert not comparison.state
+    assert comparison.axes is not None
+    name = "attention" if kind is Remembers else "hidden"
+    assert comparison.overwritten == [name]
+    assert comparison.remarks(Choice("torch")) == [f"every call writes into {name}: one thread at a time may call it"]
+    assert not comparison.remarks(Choice("openvino"))
+    fast = optimize(model, X, goal="latency", backends="torch", cache=False)
+    with torch.no_grad():
+        for x in (X[:1], 3 * X, X[:2]):
+            torch.testing.assert_close(fast(x), model(x))
+
+
+def test_what_every_call_overwrites_bars_no_backend_of_constants():
+    comparison, choice = BackendComparison(Remembers().eval(), X), Choice("openvino")
+    if problem := BACKENDS["openvino"].obstacle(X, choice):
+        pytest.skip(str(problem))
+    comparison.add(choice)
+    assert not comparison.results[choice].note
+
+
+def test_threads_of_streams_share_nothing_that_a_call_writes():
+    """One would read what another has just written; pieces one after the other, and what runs no Python, are right."""
+    comparison = BackendComparison(Remembers().eval(), torch.randn(4, 4))
+    for choice in (Choice("torch", pieces=2, streams=2), Choice("torch", pieces=2)):
+        comparison.add(choice)
+    refused, right = list(comparison.results.values())[1:]
+    assert refused.note.startswith("a call writes into attention, which the threads of streams would share; ")
+    assert not right.note
+    search = BackendSearch(comparison, ["torch", "openvino"], ("float32",), math.inf)
+    assert {choice.streams for choice in search.cuts(Choice("torch"))} == {1}
+    assert not comparison.shares_state(Choice("openvino"))
+
+
+class Slightly(nn.Linear):
+    """Adds a little of the last input, within rounding: where two histories end with one call, outputs tell."""
+
+    def __init__(self):
+        super().__init__(4, 2)
+        self.last = torch.zeros(3, 4)
+
+    def forward(self, x):
+        last, self.last = self.last, x
+        return super().forward(x + 1e-5 * last)
+
+
+def test_a_state_within_rounding_is_found():
+    assert BackendComparison(Slightly(), X).state == "a call writes into last"
+
+
+class Table(nn.Module):
+    """Makes a table in the first call, as memos of position biases are made; `first` of the first input."""
+
+    def __init__(self, first=False):
+        super().__init__()
+        self.embed, self.first, self.table = nn.Embedding(9, 4), first, None
+
+    def forward(self, x):
+        if self.table is None:
+            self.table = self.embed.weight.sum(0) + (x.float().mean() if self.first else 0)
+        return (self.embed(x) if not x.is_floating_point() else x) * self.table
+
+
+@pytest.mark.parametrize(
+    "example",
+    [torch.zeros(3, 4), torch.full((3, 4), 5), torch.zeros(3, 4, dtype=torch.long)],
+    ids=["zeros", "fives", "whole zeros"],
+)
+def test_a_constant_example_makes_no_state_of_a_table(example):
+    comparison = BackendComparison(Table(), example)
+    assert not comparison.state
+    assert comparison.axes is not None
+    assert BackendComparison(Table(first=True), example).state == "a call writes into table"
+
+
+def test_an_empty_tensor_beside_the_example_is_no_state():
+    class Prompted(Table):
+        def forward(self, x, prompt):
+            return super().forward(torch.cat([prompt, x], 1))
+
+    comparison = BackendComparison(Prompted(), (torch.arange(6).view(2, 3), torch.zeros(2, 0, dtype=torch.long)))
+    assert not comparison.state
+
+
+class Learns(nn.Linear):
+    """Moves its weight in every call."""
+
+    def __init__(self):
+        super().__init__(4, 2)
+
+    def forward(self, x):
+        self.weight.data.mul_(0.9)
+        return super().forward(x)
+
+
+def test_packed_weights_are_refused_where_calls_write_into_them():
+    comparison, choice = BackendComparison(Learns(), X), Choice("eager")
+    comparison.add(choice)
+    assert comparison.results[choice].note.startswith("a call writes into weight, and this backend makes constants")
+
+
+class Stores:
+    """A hook that computes with a part of the network, and fills a list of the caller's."""
+
+    def __init__(self, gate, seen):
+        self.gates, self.seen = [gate], seen
+
+    def __call__(self, module, given, output):
+        self.seen.append(output)
+        return output * self.gates[0](output)
+
+
+def store(gate, seen, module, given, output):
+    seen.append(output)
+    return output * gate(output)
+
+
+@pytest.mark.parametrize(
+    "hook_of",
+    [
+        Stores,
+        lambda gate, seen: partial(store, gate, seen),
+        lambda gate, seen: partial(Stores.__call__, Stores(gate, seen)),
+    ],
+    ids=["object", "partial", "partial of an object"],
+)
+def test_hooks_with_a_part_of_the_network_fill_the_lists_of_the_caller(hook_of):
+    seen, model = [], nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).train()
+    model[0].register_forward_hook(hook_of(model[1], seen))
+    fast = optimize(model, X, backends="torch", cache=False)
+    seen.clear()
+    found = fast(X)
+    assert len(seen) == 1
+    assert model[1].num_batches_tracked == 0
+    torch.testing.assert_close(found, model.eval()(X))
+    torch.testing.assert_close(seen[0], seen[1])
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.filterwarnings("ignore:.*nested tensors.*:UserWarning")
+def test_nested_tensors_are_compared(layout):
+    rows = [torch.ones(2, 4), torch.ones(3, 4)]
+    one, same = (torch.nested.nested_tensor(rows, layout=layout) for _ in range(2))
+    assert not is_changed(one, same)
+    assert is_changed(one, torch.nested.nested_tensor([rows[0], 2 * rows[1]], layout=layout))
+    assert is_changed(one, torch.nested.nested_tensor(rows[::-1], layout=layout))
+    assert is_changed(one, rows[0])
+
+
+class Pools(nn.Linear):
+    def forward(self, x, rows):
+        return super().forward(x) * sum(row.mean() for row in rows.unbind())
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors.*:UserWarning")
+def test_nested_arguments_beside_a_dense_one():
+    model, rows = Pools(4, 2), torch.nested.nested_tensor([torch.ones(2, 4), torch.ones(3, 4)])
+    fast = optimize(model, (X, rows), backends="torch", cache=False)
+    torch.testing.assert_close(fast(2 * X, rows), model(2 * X, rows))
+
+
+def test_a_list_that_modules_share_until_one_replaces_it():
+    shared = []
+    model = nn.Sequential(nn.Identity(), nn.Identity())
+    model[0].seen = model[1].seen = shared
+    after = copy_module(model)
+    after[1].seen = [1]
+    assert differing_state(model, after) == ["1.seen"]

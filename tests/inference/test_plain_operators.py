@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch.nn import functional as F
 import skipway as sw
 from skipway.inference.backends import Choice, build_openvino, convert_openvino
 from skipway.inference.plain_operators import PlainOperators
+from skipway.inference.quantization import convert_any_batch
 
 
 def qkv(heads: int = 4) -> tuple[torch.Tensor, ...]:
@@ -83,10 +86,12 @@ def test_norms_over_moved_channels_are_those_of_torch():
         torch.testing.assert_close(over(maps.permute(0, 2, 3, 1)), F.layer_norm(maps.permute(0, 2, 3, 1), [5, 6]))
 
 
-def layers(model: nn.Module, x: torch.Tensor) -> list[str]:
-    """Kinds of the layers that OpenVINO runs."""
+def layers(model: nn.Module, x: torch.Tensor, convert: Callable[..., Any] = convert_openvino) -> list[str]:
+    """Kinds of the layers that OpenVINO runs, as `convert` reads the network."""
     openvino = pytest.importorskip("openvino")
-    compiled = openvino.Core().compile_model(convert_openvino(model, x), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    converted = convert(model, x)
+    converted.reshape(list(x.shape))
+    compiled = openvino.Core().compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return [str(each.get_rt_info()["layerType"].astype(str)) for each in compiled.get_runtime_model().get_ops()]
 
 
@@ -95,10 +100,11 @@ def test_openvino_runs_norms_and_attention_without_layers_that_copy():
     torch.manual_seed(0)
     convnext = sw.build("convnext_atto", classes=5).eval()
     x = torch.randn(2, 3, 64, 64)
-    found = layers(convnext, x)
     norms = sum(isinstance(each, nn.LayerNorm) for each in convnext.modules())
-    assert found.count("MVN") >= norms - 2  # the head has no map
-    assert found.count("RMS") <= 2
+    for convert in (convert_openvino, convert_any_batch):  # what integers are made of
+        found = layers(convnext, x, convert)
+        assert found.count("MVN") >= norms - 2  # the head has no map
+        assert found.count("RMS") <= 2
     vit = sw.build("vit", depth=2, dim=32, heads=2, patch=8, image=32, classes=5).eval()
     x = torch.randn(2, 3, 32, 32)
     assert layers(vit, x).count("Transpose") == 2

@@ -27,6 +27,7 @@ from skipway.training.cross_validation import cross_validate
 from skipway.training.loop import train
 from skipway.training.task_choice import choose_task
 from skipway.training.text_task import LanguageModelling, TextBatch
+from skipway.weights import hub
 
 TINY = {"model": "gpt-nano", "depth": 1, "width": 12, "context": 8, "batch_size": 8, "device": "cpu"}
 WORDS = ["the", "cat", "sat", "on", "the", "mat", "and", "the", "dog", "sat", "on", "the", "cat"]
@@ -190,14 +191,16 @@ def test_changed_text_is_refused(tmp_path, recipe, book):
         train(None, tmp_path / "run", resume=True)
 
 
-def test_weights_to_start_from_have_the_same_tokenizer(tmp_path, recipe):
+def test_weights_to_start_from_have_the_same_tokenizer(tmp_path, recipe, monkeypatch):
     first = train(dataclasses.replace(recipe, steps=2), tmp_path / "book.txt-1")
     tuned = train(dataclasses.replace(recipe, start=first.folder.best, steps=1, lr=1e-9), tmp_path / "tuned")
     before, after = (read_tensors(outcome.folder.best)[0] for outcome in (first, tuned))
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
-    for start in (first.folder.best, first.folder.path):  # the name of the folder ends like that of a file
+    monkeypatch.setattr(hub, "download", lambda name, others=(): {"hf:me/net": first.folder.path}[name])
+    # the name of the folder ends like that of a file
+    for number, start in enumerate((first.folder.best, first.folder.path, "hf:me/net")):
         with pytest.raises(CheckpointError, match="trained with another tokenizer, bytes of 256 tokens"):
-            train(dataclasses.replace(recipe, start=start, tokenizer="chars"), tmp_path / f"other {start.name}")
+            train(dataclasses.replace(recipe, start=start, tokenizer="chars"), tmp_path / f"other {number}")
 
 
 REFUSED = [

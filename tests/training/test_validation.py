@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from skipway.checkpoint.files import read_tensors
+from skipway.checkpoint.files import read_tensors, write_tensors
 from skipway.data.dataset import Data
 from skipway.data.image_dataset import MemoryDataset
 from skipway.errors import SkipwayError
@@ -158,6 +158,15 @@ def test_every_end_at_which_the_test_split_was_looked_at_is_told(tmp_path):
     write_hub_folder(folder.path, tmp_path / "hub")
     for page in (folder.report, tmp_path / "hub/README.md"):
         assert "The test images were looked at 2 times, the last time a" in page.read_text()
+
+
+def test_a_result_from_before_tests_were_counted_is_one(tmp_path):
+    recipe = dataclasses.replace(TINY, data=pictures(tmp_path / "data", each=8), epochs=1)
+    folder = train(recipe, tmp_path / "run").folder
+    tensors, about = read_tensors(folder.best)
+    del about["result"]["tested_after"]
+    write_tensors(folder.best, tensors, about)
+    assert train(dataclasses.replace(recipe, epochs=2), folder.path, resume=True).tested_after == (1, 2)
 
 
 def test_without_validation_images_the_last_epoch_is_the_best(tmp_path):

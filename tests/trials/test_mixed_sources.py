@@ -8,7 +8,7 @@
 | | images in one folder beside a list with their labels | refused, with the list to give instead |
 | | tar members known by content: .jfif, no suffix, upper case; texts and heic beside them | read; named |
 | | `evaluate` on one class alone, on test/ alone | evaluates; names the folder |
-| | `evaluate` on val/ and test/ alone | refused with the way out |
+| | `evaluate` on val/ and test/ alone | the test split, and it is said |
 | | `evaluate` on a folder with several splits | says which split, and how many images it leaves |
 """
 
@@ -116,5 +116,5 @@ def test_evaluation_needs_no_training_images(tmp_path, capsys):
     assert main(["evaluate", run, str(both), "--device", "cpu"]) == 0
     assert "the class folders are taken from 'test'" in capsys.readouterr().out
     write_images(both, {"val/cat": 2, "val/dog": 2})
-    assert main(["evaluate", run, str(both), "--device", "cpu"]) == 3
-    assert "or give one of them" in capsys.readouterr().err
+    assert main(["evaluate", run, str(both), "--device", "cpu"]) == 0
+    assert "the test split is evaluated, not the 4 images of other splits" in capsys.readouterr().out

@@ -25,7 +25,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import skipway as sw
-from skipway.data.data_config import find_data_config
+from skipway.data.data_config import WeightsDescription, find_data_config
 from skipway.data.preprocessing import Preprocessing
 from skipway.errors import CheckpointError
 from skipway.inference.predict import Predictor
@@ -319,6 +319,12 @@ def test_a_damaged_description_is_named(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"preprocessor_config\.json is damaged"):
         find_data_config(file, "huggingface", None)
+    own = weights(tmp_path / "own", {"preprocessing": {**HALF, "classes": ["a", "b"]}})
+    for name in ("preprocessor_config.json", "config.json"):
+        (own.parent / name).write_text("{")
+    described = WeightsDescription(own)  # the header says it all
+    assert (described.data_config.mean, described.classes) == ((0.5, 0.5, 0.5), ("a", "b"))
+    train_from(own, tmp_path)
 
 
 def test_the_preprocessing_is_of_the_file_that_weights_are_read_from(tmp_path):

@@ -28,7 +28,7 @@ COLUMNS = "image,label,split"
 
 
 def evaluate(
-    run: Path,
+    run: str,
     data: Path | None = None,
     /,
     *,
@@ -65,7 +65,7 @@ def evaluate(
     from skipway.inference.predict import find_text_inputs
     from skipway.inference.run_evaluation import evaluate_images, evaluate_run
 
-    if find_text_inputs(run) is not None or find_decoder_folder(run) is not None:
+    if find_decoder_folder(run) is not None or find_text_inputs(run) is not None:
         options = {"--flip": flip is not None, "--max-megapixels": max_megapixels != 64.0}
         refuse(options, ": an option for images, and this run is of text")
         options = {f"--{name.replace('_', '-')}": bool(value) for name, value in network.choices.items()}
@@ -107,7 +107,7 @@ def refuse(options: dict[str, bool], reason: str) -> None:
         raise SkipwayError(f"{option}{reason}; leave it out")
 
 
-def evaluate_text(run: Path, data: Path | None, *, as_json: bool, **choices: Any) -> int:
+def evaluate_text(run: str, data: Path | None, *, as_json: bool, **choices: Any) -> int:
     """Evaluate a language model, see `evaluate_text_run`, and print the result."""
     from dataclasses import asdict
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -24,7 +26,8 @@ FOLLOWS = {
     **dict.fromkeys(("layer_decay", "freeze", "grey16", "fit"), ("start",)),
     **dict.fromkeys(("crop", "grow_from"), ("size",)),
     "crop_share": ("size", "crop", "fit", "start", "model"),
-    "resample": ("data", "start", "model"),
+    **dict.fromkeys(("weights_names", "weights_entry"), ("start",)),
+    "resample": ("start", "model"),
     **dict.fromkeys(("mean", "std"), ("data", "channels", "fit", "grey16", "start", "model")),
     **dict.fromkeys(("channels", "flip"), ("data",)),
     "epochs": ("steps", "time"),
@@ -33,13 +36,13 @@ FOLLOWS = {
 }
 """For options of a run the others that they belong to, as in `Preset`: a run stores what it chose by them, too."""
 
-TEXT_FOLLOWS = {**FOLLOWS, "lr": (*FOLLOWS["lr"], "model", "depth", "width")}
+TEXT_FOLLOWS = {**FOLLOWS, "lr": (*FOLLOWS["lr"], "model", "depth", "width"), "tokenizer": ("start",)}
 """The same for a run on text, whose rate depends on the width of the network."""
 
 
 def fill_from_run(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
     """Set every option that is not on the command line to its value in the run that is resumed or repeated, except for
-    those that were chosen for an option which is on it.
+    those that were chosen for an option which is on it with another value.
     """
     given = {argument.name: argument.tokens[0] for argument in arguments if argument.tokens}
     config = given.get("--config")
@@ -62,8 +65,24 @@ def fill_from_run(app: App, commands: tuple[str, ...], arguments: ArgumentCollec
     values = {name: value for name, value in read_recipe(file).to_json().items() if value is not None}
     idle = [name for name in LENGTHS if name in values][1:]
     values = {name: value for name, value in values.items() if name not in idle}
-    values = values_beside(values, fields_of(given), TEXT_FOLLOWS if "tokenizer" in values else FOLLOWS)
+    options = dict(zip(fields_of(given), given.values(), strict=True))
+    changed = [name for name, token in options.items() if not is_same(token.value, values.get(name))]
+    values = values_beside(values, changed, TEXT_FOLLOWS if "tokenizer" in values else FOLLOWS)
+    values = {name: value for name, value in values.items() if name not in options}
     Dict(values, source=str(file), use_commands_as_keys=False)(app, commands, arguments)
+
+
+def is_same(text: str, value: Any) -> bool:
+    """Whether a value of the command line is that of a recipe: the same text, number or path.
+
+    >>> is_same("0.10", 0.1), is_same("photos/", str(Path("photos").resolve())), is_same("adamw", "sgd")
+    (True, True, False)
+    """
+    if isinstance(value, str):
+        return Path(text).resolve() == Path(value).resolve()
+    with suppress(ValueError, TypeError):
+        return float(text) == value
+    return False
 
 
 def recipe_file(config: Path) -> Path:
@@ -81,15 +100,17 @@ def dropped_options(config: Path, recipe: Recipe) -> str | None:
     from skipway.recipe import LENGTHS, Recipe, read_recipe
     from skipway.report.run.command import train_command
 
-    changes = read_recipe(recipe_file(config)).changes(recipe)
+    stored = read_recipe(recipe_file(config))
+    plain = {field.name: field.default for field in fields(Recipe)}
     left: dict[str, Any] = {
         name: old
-        for name, (old, new) in changes.items()
-        if name in FOLLOWS and name not in LENGTHS and old is not None and new in (None, "auto")
+        for name, (old, new) in stored.changes(recipe).items()
+        if name in TEXT_FOLLOWS and name not in LENGTHS and old is not None and new == plain[name]
     }
-    if not left:
+    kind = "image" if stored.tokenizer is None else "text"
+    options = train_command(Recipe(**left), kind, exact=True).removeprefix("skipway train").strip()
+    if not options:
         return None
-    options = train_command(Recipe(**left)).removeprefix("skipway train ")
     return (
         f"not taken from {printable(config)}, since they were chosen beside other options than these: {options}; "
         "append what is to stay"

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
@@ -57,15 +58,15 @@ class DataConfig:
 
 
 class WeightsDescription:
-    """What weights state about their inputs and outputs: the header of a file of ours, and beside it the files
-    `preprocessor_config.json` (transformers) and `config.json` (transformers, timm).
+    """What weights state about their inputs and outputs: the header of a file of ours, else the files beside it,
+    `preprocessor_config.json` (transformers) and `config.json` (transformers, timm), which are read when asked.
 
     Args:
         source: file or folder of the weights, or their name on the Hugging Face hub, "hf:org/name".
 
     Raises:
         MissingExtraError: a name on the hub without huggingface_hub.
-        CheckpointError: a description beside the weights is damaged, or the hub does not have the weights.
+        CheckpointError: the hub does not have the weights.
     """
 
     def __init__(self, source: str | Path) -> None:
@@ -75,22 +76,37 @@ class WeightsDescription:
         with suppress(CheckpointError, OSError):  # there are no weights, or several: their reader says so
             self.file = find_file(path, lambda sentence: None) if path.is_dir() else path
         self.preprocessing, self.model = read_header(self.file)
-        self.preprocessor, self.config = (read_description(self.folder / name) for name in (PREPROCESSOR, CONFIG))
+
+    @cached_property
+    def preprocessor(self) -> dict[str, Any]:
+        """What `preprocessor_config.json` holds, see `read_description`."""
+        return read_description(self.folder / PREPROCESSOR)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """What `config.json` holds, see `read_description`."""
+        return read_description(self.folder / CONFIG)
 
     @property
     def data_config(self) -> DataConfig | None:
-        """The preprocessing that the weights expect: by the first of the three that states mean and deviation."""
-        timm = self.config.get("pretrained_cfg")
+        """The preprocessing that the weights expect: by the first of the three that states mean and deviation.
+
+        Raises:
+            CheckpointError: one that is asked is damaged.
+        """
         return (
             of_run(self.preprocessing, printable(self.file))
             or of_transformers(self.preprocessor, printable(self.folder / PREPROCESSOR))
-            or of_timm_hub(timm if isinstance(timm, dict) else {}, printable(self.folder / CONFIG))
+            or of_timm_hub(self.config.get("pretrained_cfg"), printable(self.folder / CONFIG))
         )
 
     @property
     def classes(self) -> tuple[str, ...] | None:
         """The names of the classes in the order of the outputs: by the header, else by the `label_names` (timm) or
         `id2label` (transformers) of `config.json`; None where nothing states them.
+
+        Raises:
+            CheckpointError: `config.json` is asked and damaged.
         """
         stated: Any = self.preprocessing.get("classes")
         if stated is None:
@@ -186,8 +202,9 @@ def of_transformers(stated: Mapping[str, Any], origin: str) -> DataConfig | None
     return of_mapping(stated, "image_mean", "image_std", origin, hugging_face_share(stated), stated.get("resample"))
 
 
-def of_timm_hub(stated: Mapping[str, Any], origin: str) -> DataConfig | None:
-    """What the `pretrained_cfg` of timm's `config.json` states."""
+def of_timm_hub(stated: Any, origin: str) -> DataConfig | None:
+    """What the `pretrained_cfg` of timm's `config.json` states, if it is an object."""
+    stated = stated if isinstance(stated, dict) else {}
     return of_mapping(stated, "mean", "std", origin, stated.get("crop_pct"), stated.get("interpolation"))
 
 

@@ -167,7 +167,9 @@ class BackendSearch:
     def cuts(self, whole: Choice) -> Iterator[Choice]:
         """Choices with pieces in place of the whole batch."""
         batch = self.comparison.axes.size if self.comparison.axes is not None else 1
-        cores = torch.get_num_threads() if next(tensors_in(self.comparison.example)).device.type == "cpu" else 1
+        device = first_tensor(self.comparison.example).device
+        alone = device.type != "cpu" or self.comparison.shares_state(whole)
+        cores = 1 if alone else torch.get_num_threads()
         return piece_choices(whole, batch, cores)
 
     def climb(self, whole: Choice) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from skipway.errors import SkipwayError
 from skipway.inference.answer_check import AnswerChange, AnswerCheck
 from skipway.inference.backends import BACKENDS, INT8, ORIGINAL, Backend, Choice, Run, call_with
-from skipway.inference.batch_pieces import BatchAxes, build_run, find_batch_axes, halve
+from skipway.inference.batch_pieces import BatchAxes, build_run, find_batch_axes, halve, randomize
 from skipway.inference.hooks import copy_network, foreign_hook, share_hooks
 from skipway.inference.inputs import root_cause
 from skipway.inference.outputs import (
@@ -29,10 +29,11 @@ from skipway.inference.outputs import (
 from skipway.inference.quantization import QuantizedNetwork, quantize_checked
 from skipway.inference.timer import Candidate, Timing, error_line, median_seconds, time_candidate, time_interleaved
 from skipway.surgery.fusion import fuse
-from skipway.surgery.preconditions import require_operable
+from skipway.surgery.preconditions import require_values
 from skipway.tracing.containers import map_tensors, tensors_in
 from skipway.tracing.example import copy_example
 from skipway.tracing.module_state import differing_state, is_changed
+from skipway.tracing.samples import is_coarse
 from skipway.tracing.watch import watch
 
 __all__ = ["ROUNDS", "TOLERANCES", "BackendComparison", "BackendResult", "quickest", "with_timings"]
@@ -105,7 +106,25 @@ def with_timings(results: Mapping[Choice, BackendResult], timings: Iterable[Timi
 
 def vary(tensor: Tensor) -> Tensor:
     """A tensor of other values that a network is likely to take: halves of floating numbers, of others the largest."""
-    return halve(tensor) if tensor.is_floating_point() or tensor.is_complex() else tensor.amax().expand_as(tensor)
+    if tensor.is_floating_point() or tensor.is_complex():
+        return halve(tensor)
+    return tensor.amax().expand_as(tensor) if tensor.numel() else tensor
+
+
+def vary_constant(tensor: Tensor) -> Tensor:
+    """A tensor of other values than one that `vary` leaves as it is: random numbers in place of floating zeros, of
+    integers the halves, and 1 in place of 0. Truth values stay.
+    """
+    if not tensor.numel() or tensor.dtype is torch.bool:
+        return tensor
+    if tensor.is_floating_point() or tensor.is_complex():
+        return randomize(tensor)
+    return tensor // 2 if tensor.any() else tensor + 1
+
+
+def call_copied(network: nn.Module, example: Any) -> Any:
+    """What a network returns for a copy of an example: itself a copy, since the next call may write into it."""
+    return map_tensors(torch.clone, call_with(network, map_tensors(torch.clone, example)))
 
 
 class BackendComparison:
@@ -130,10 +149,9 @@ class BackendComparison:
         quantized: QuantizedNetwork | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        model = require_operable(model)
+        model, self.clock = require_values(model, "optimize"), clock
         # a file holds the whole storage of what it holds part of: the example may be a view of all images
         self.example = example = copy_example(example)
-        self.folded, self.clock = share_hooks(fuse(model), model), clock
         self.check, self.quantized, self.refusal = check, quantized, ""
         self.answers: dict[Choice, AnswerChange] = {}
         self.changed: dict[Choice, float] = {}
@@ -141,7 +159,10 @@ class BackendComparison:
         self.original = copy_network(self.pristine)
         self.expected: list[tuple[Any, Any, Any]] = []
         self.writes = False
-        self.state = self.find_state(self.call_original())
+        self.overwritten: list[str] = []
+        self.written = self.call_original()
+        self.state = self.find_state()
+        self.folded = share_hooks(fuse(model), model)  # after the copies that `find_state` makes for a while
         if not self.state:  # one copy is as good as the other
             self.pristine = self.original
         hooked = foreign_hook(self.original)
@@ -196,30 +217,40 @@ class BackendComparison:
         return written
 
     @torch.no_grad()
-    def find_state(self, written: Sequence[str]) -> str:
+    def find_state(self) -> str:
         """What of earlier calls later ones may depend on, in words; empty where they depend on nothing.
 
-        What a call writes may be what any call writes, a table for example. So another copy is called with other inputs
-        in another order, and more often: where it comes to the same state and returns the same, nothing is kept.
-
-        Args:
-            written: what calls have written into.
+        What a call writes may be what any call writes, a table for example, or what the next call overwrites before it
+        reads it. So another copy is called with other inputs in another order, and more often, and both with the
+        example at the end: where they come to the same state and return the same, nothing is kept. `overwritten` is
+        what then differed before that last call.
         """
-        network, calls = self.original, [self.example]
-        wrote = f"a call writes into {written[0]}" if written else ""
+        wrote = f"a call writes into {self.written[0]}" if self.written else ""
+        expected, coarse = self.expected[0][1], is_coarse(self.original, self.example)
         try:
-            if written:
-                other = map_tensors(vary, self.example)
-                if not is_changed(self.example, other):
-                    return wrote
-                network, calls = copy_network(self.pristine), [other, self.example, other]
-            outputs = [call_with(network, map_tensors(torch.clone, given)) for given in calls]
-            same = is_rounding(self.expected[0][1], outputs[len(calls) // 2])
+            if not wrote:
+                same = is_rounding(expected, call_copied(self.original, self.example), coarse)
+                return "" if same else "a second call with one input returns something else"
+            other = map_tensors(vary, self.example)
+            if not is_changed(self.example, other):
+                other = map_tensors(vary_constant, self.example)
+            if not is_changed(self.example, other):
+                return wrote
+            network = copy_network(self.pristine)
+            outputs = [call_copied(network, given) for given in (other, self.example, other)]
+            last = call_copied(self.original, self.example)
+            overwritten = differing_state(self.original, network)
+            outputs.append(call_copied(network, self.example))
+            same = is_rounding(expected, outputs[1], coarse) and is_rounding(last, outputs[-1], coarse)
+            if same and is_changed(last, outputs[-1]):  # rounding, unless first calls return the same to the bit
+                same = is_changed(expected, call_copied(copy_network(self.pristine), self.example))
         except Exception as error:  # a network raises whatever it likes, and may return other tensors
             return wrote or f"a second call with one input fails or returns something else ({error_line(error)})"
-        if written and (found := differing_state(self.original, network)):
+        if found := differing_state(self.original, network):
+            self.written = list(dict.fromkeys((*self.written, *found)))
             return f"a call writes into {found[0]}"
-        return "" if same else "a second call with one input returns something else"
+        self.overwritten = overwritten
+        return "" if same else wrote
 
     def other_example(self) -> Any:
         """Random input of the same shape, which the model need not take; the example itself where it is no floating
@@ -249,6 +280,16 @@ class BackendComparison:
         )
 
     @property
+    def writes_packed(self) -> bool:
+        """Whether calls write into the weight of a `torch.nn.Linear`."""
+        owners = [(self.original.get_submodule(name.rpartition(".")[0]), name.split(".")[-1]) for name in self.written]
+        return any(isinstance(owner, nn.Linear) and name == "weight" for owner, name in owners)
+
+    def shares_state(self, choice: Choice) -> bool:
+        """Whether threads that compute at once would write into one network: one thread may read what another wrote."""
+        return bool(self.written) and (choice.backend == ORIGINAL or BACKENDS[choice.backend].any_call)
+
+    @property
     def lost(self) -> str:
         """What backends lose that run no Python, and the way out."""
         return f"{self.whole}, which is lost in this backend; {self.remedy}"
@@ -268,8 +309,10 @@ class BackendComparison:
         refused = problem or (self.refusal if choice.precision == INT8 else "")
         if not refused and not backend.any_call and self.whole:
             refused = self.lost
-        if not refused and backend.frozen and self.state:
+        if not refused and self.state and (backend.frozen or (backend.packs and self.writes_packed)):
             refused = f"{self.state}, and this backend makes constants of what a network holds; {WITHOUT_STATE}"
+        if not refused and choice.streams > 1 and self.shares_state(choice):
+            refused = f"a call writes into {self.written[0]}, which the threads of streams would share; {WITHOUT_STATE}"
         if refused:
             self.results[choice] = replace(result, note=str(refused))
             return
@@ -340,6 +383,8 @@ class BackendComparison:
             found.append(f"{share:.2%} of the whole numbers that it returns (classes, tokens) are not the original's")
         if self.state:
             found.append(f"{self.state}: what is returned may depend on the calls before; it starts as the model was")
+        elif self.overwritten and self.shares_state(choice):
+            found.append(f"every call writes into {self.overwritten[0]}: one thread at a time may call it")
         return found
 
     def quantize(self, calibration: Tensor, tell: Callable[[str], None], patience: float = math.inf) -> None:

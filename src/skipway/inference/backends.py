@@ -6,7 +6,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -119,6 +119,7 @@ class Backend:
         layouts: names in `LAYOUTS` that are worth trying for images; the first one for everything else.
         frozen: whether weights or buffers are constants in what it builds, or `build` calls the network: no state that
             calls change is kept.
+        packs: whether it makes constants of the weights of every `torch.nn.Linear`, and of nothing else.
         alters: whether `build` changes the network; if not, it is called with the same one every time.
         slow: whether it builds for so long that it is tried when everything else has been, and pieces at the end.
         patience: seconds that building takes for 100 modules with weights, roughly; a search goes by what it took
@@ -136,6 +137,7 @@ class Backend:
     keeps_path: bool = False
     layouts: tuple[str, ...] = ("contiguous",)
     frozen: bool = False
+    packs: bool = False
     alters: bool = True
     slow: bool = False
     patience: float = 0.0
@@ -317,9 +319,9 @@ def reshape_openvino(converted: Any, example: Tensor) -> Any:
     return copy
 
 
-def convert_openvino_for(model: nn.Module, example: Tensor, shape: Sequence[int], *, plain: bool = True) -> Any:
-    """Convert a network for images of a shape, -1 for a side that is left open; with `plain` its operators are replaced
-    by `PlainOperators`. A side stays closed where the network makes a constant of it.
+def convert_openvino_for(model: nn.Module, example: Tensor, shape: Sequence[int]) -> Any:
+    """Convert a network, its operators replaced by `PlainOperators`, for images of a shape, -1 for a side that is left
+    open. A side stays closed where the network makes a constant of it.
     """
     import openvino
     from torch.fx.experimental.symbolic_shapes import is_concrete_int
@@ -327,7 +329,7 @@ def convert_openvino_for(model: nn.Module, example: Tensor, shape: Sequence[int]
     with warnings.catch_warnings(), send_no_statistics():
         warnings.simplefilter("ignore")  # the tracer warns about every Python branch
         try:
-            with PlainOperators() if plain else nullcontext():
+            with PlainOperators():
                 return openvino.convert_model(model, example_input=example, input=[tuple(shape)])
         except RuntimeError:  # traced twice, the graphs differ: torchvision's Swin
             sides = {axis: torch.export.Dim.AUTO for axis, side in enumerate(shape) if side == -1}
@@ -433,7 +435,7 @@ BACKENDS.add(
         build_quantized=build_openvino_quantized,
     ),
 )
-BACKENDS.add("eager", Backend(build_eager, any_call=True, any_size=True, layouts=LAST, frozen=True))
+BACKENDS.add("eager", Backend(build_eager, any_call=True, any_size=True, layouts=LAST, packs=True))
 BACKENDS.add("torch", Backend(build_torch, any_call=True, any_size=True, layouts=BOTH))
 BACKENDS.add("inductor", Backend(build_inductor, any_call=True, layouts=LAST, frozen=True, slow=True, patience=25.0))
 BACKENDS.add(

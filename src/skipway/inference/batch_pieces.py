@@ -23,7 +23,7 @@ from skipway.errors import SkipwayError
 from skipway.inference.backends import Backend, Choice, Run
 from skipway.inference.outputs import is_rounding
 from skipway.tracing.containers import ATOMS, CLOSED, map_tensors, tensors_in
-from skipway.tracing.samples import agrees, axis_of, halved_axis, has_axes
+from skipway.tracing.samples import agrees, axis_of, halved_axis, has_axes, is_coarse
 
 __all__ = [
     "BatchAxes",
@@ -65,6 +65,8 @@ def argument_kind(value: Any, any_size: bool = False) -> Any:
     itself, or by its class and the tensors in it where it can be written into and equals nothing but itself, as caches
     do.
     """
+    if isinstance(value, Tensor) and value.is_nested:  # such a tensor may have no shape
+        return tuple(argument_kind(each, any_size) for each in value.unbind())
     if isinstance(value, Tensor):
         return value.ndim if any_size else tuple(value.shape), value.dtype, value.device
     if type(value).__eq__ is object.__eq__ and may_be_written(value):
@@ -195,7 +197,7 @@ def find_batch_axes(model: nn.Module, example: Any, output: Any = None) -> Batch
             axis_of(leaf, size, axis) if isinstance(leaf, Tensor) and has_axes(leaf) else None for leaf in leaves
         )
         call = partial(call_samples, model, leaves, structure, inputs)
-        outputs = independent_axes(call, *pairs_of_samples(leaves, inputs))
+        outputs = independent_axes(call, *pairs_of_samples(leaves, inputs), is_coarse(model, example))
         if outputs is not None and fits_halves(model, example, axes := BatchAxes(size, inputs, outputs), output):
             return axes
     return None
@@ -214,7 +216,8 @@ def fits_halves(model: nn.Module, example: Any, axes: BatchAxes, output: Any = N
     half = axes.size // 2
     try:
         whole = call(0, axes.size) if output is None else output
-        return is_rounding(whole, axes.join([call(0, half), call(half, axes.size)], axes.size))
+        parts = [call(0, half), call(half, axes.size)]
+        return is_rounding(whole, axes.join(parts, axes.size), is_coarse(model, example))
     except Exception:  # a network raises whatever it likes at another size, and outputs may be of other shapes
         return False
 
@@ -290,7 +293,7 @@ def call_samples(
 
 
 def independent_axes(
-    call: Callable[..., list[Any]], sample: Sample, others: list[Sample]
+    call: Callable[..., list[Any]], sample: Sample, others: list[Sample], coarse: bool = False
 ) -> tuple[int | None, ...] | None:
     """The axes of the samples in outputs; None where the sample and one of the others depend on each other. Others that
     the network does not take are passed over, and outputs of one sample that are not a number.
@@ -302,7 +305,7 @@ def independent_axes(
         except Exception:  # a network raises whatever it likes at another size, and for values that it does not know
             continue
         try:
-            found |= {tuple(sample_axes_of(*pair)) for pair in pairs if not has_nan(pair[1])}
+            found |= {tuple(sample_axes_of(*pair, coarse)) for pair in pairs if not has_nan(pair[1])}
         except Exception:  # outputs that cannot be compared
             return None
     axes = found.pop() if len(found) == 1 else ()
@@ -314,8 +317,8 @@ def has_nan(outputs: list[Any]) -> bool:
     return any(bool(each.isnan().any()) for each in outputs if isinstance(each, Tensor))
 
 
-def sample_axes_of(both: list[Any], one: list[Any]) -> Iterator[int | None]:
-    """The axis of the samples in each output for two samples, and for the second of them.
+def sample_axes_of(both: list[Any], one: list[Any], coarse: bool) -> Iterator[int | None]:
+    """The axis of the samples in each output for two samples, and for the second of them; `coarse` as in `agrees`.
 
     Raises:
         ValueError: outputs that are no tensors, or depend on the other sample.
@@ -331,7 +334,7 @@ def sample_axes_of(both: list[Any], one: list[Any]) -> Iterator[int | None]:
             yield None
         else:
             axis = halved_axis(*pair)
-            if axis is None or not agrees(*pair, axis):
+            if axis is None or not agrees(*pair, axis, coarse):
                 raise ValueError("samples depend on each other")
             yield axis
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from types import CellType, FunctionType
+from types import CellType, FunctionType, MethodType
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
-from skipway.tracing.containers import ATOMS
+from skipway.tracing.containers import ATOMS, own_attributes
 from skipway.tracing.module_state import copy_module, entries_by_name
 
 __all__ = ["copy_network", "foreign_hook", "share_hooks"]
@@ -48,9 +50,8 @@ def copy_network(model: M) -> M:
 
 def share_hooks(copied: M, model: nn.Module) -> M:
     """The copy of a network, whose foreign hooks are the network's own again: `copy.deepcopy` shares functions, but
-    copies the object of a method, which then records for nobody. What belongs to the network stays the copy's: methods
-    of what it holds, which it reads, and partials and callable objects that hold a module or tensor of it. In the
-    closure and the defaults of a function the copy's modules take the places of the network's.
+    copies the object of a method, which then records for nobody. What belongs to the network stays the copy's, see
+    `in_copy`.
     """
     if not foreign_hook(model):
         return copied
@@ -58,27 +59,71 @@ def share_hooks(copied: M, model: nn.Module) -> M:
     places = {id(module): copies[name] for name, module in model.named_modules() if name in copies}
     for name, module in model.named_modules():
         for table in TABLES if name in copies else ():
+            made = getattr(copies[name], table)
             for key, hook in getattr(module, table).items():
-                if is_foreign(hook) and not belongs_to(own, hook):
-                    getattr(copies[name], table)[key] = in_copy(hook, places)
+                if is_foreign(hook) and (key in made or not holds_part(own, hook)):
+                    made[key] = in_copy(hook, made.get(key), own, places, {})
     return copied
 
 
-def belongs_to(own: Mapping[int, Any], hook: Any) -> bool:
-    """Whether a hook, or what a partial holds, is a method of what a network holds, or has a module or tensor of it."""
-    if isinstance(hook, partial):
-        return any(belongs_to(own, each) for each in (hook.func, *hook.args, *hook.keywords.values()))
-    if isinstance(hook, FunctionType):
+def holds_part(own: Mapping[int, Any], value: Any) -> bool:
+    """Whether a value is an object of a network, or its method, or holds a module or tensor of it."""
+    if isinstance(value, FunctionType):
         return False
-    if (owner := getattr(hook, "__self__", None)) is not None:
-        return id(owner) in own
-    return id(hook) in own or any(isinstance(own.get(key), nn.Module | Tensor) for key in held_objects([hook]))
+    return owner_of(value) in own or any(isinstance(own.get(key), nn.Module | Tensor) for key in held_objects([value]))
 
 
-def in_copy(hook: Any, places: Mapping[int, nn.Module]) -> Any:
-    """A function whose closure and defaults have a copy's modules in place of a network's; another hook as it is."""
-    if not isinstance(hook, FunctionType):
-        return hook
+def owner_of(value: Any) -> int:
+    """The identity of the object of a method, of another value its own."""
+    return id(value.__self__ if isinstance(value, MethodType) else value)
+
+
+def in_copy(
+    value: Any, copied: Any, own: Mapping[int, Any], places: Mapping[int, nn.Module], made: dict[int, Any]
+) -> Any:
+    """A hook of a network, or what it holds, for a copy of the network.
+
+    Objects of the network, and their methods, are those of the copy. Functions have the copy's modules in their
+    closures and defaults. Partials, lists and other objects that hold modules or tensors of the network are made anew
+    with those of the copy; what else they hold, such as the list that a hook fills, is shared.
+
+    Args:
+        value: a hook, or what it holds.
+        copied: the deep copy of it.
+        own: what the network holds, by identity.
+        places: the copy's modules by the identities of the network's.
+        made: objects that were made, by the identities of those in whose place they are.
+    """
+    if isinstance(value, FunctionType):
+        return with_places(value, places)
+    if owner_of(value) in own:
+        return copied
+    if isinstance(value, MethodType) or not holds_part(own, value):
+        return value
+    if id(value) in made:
+        return made[id(value)]
+
+    def entry(part: Any, other: Any) -> Any:
+        return in_copy(part, other, own, places, made)
+
+    if isinstance(value, partial):
+        named = {name: entry(part, copied.keywords[name]) for name, part in value.keywords.items()}
+        return partial(entry(value.func, copied.func), *map(entry, value.args, copied.args), **named)
+    if type(value) in (list, tuple):
+        return type(value)(map(entry, value, copied))
+    if type(value) is dict:
+        return dict(zip(value, map(entry, value.values(), copied.values()), strict=True))
+    if isinstance(value, (nn.Module, list, tuple, dict, set, frozenset, deque)):
+        return copied
+    new = made[id(value)] = copy.copy(value)
+    others = dict(own_attributes(copied))
+    for name, part in [*own_attributes(value)]:
+        object.__setattr__(new, name, entry(part, others.get(name, part)))
+    return new
+
+
+def with_places(hook: FunctionType, places: Mapping[int, nn.Module]) -> FunctionType:
+    """A function whose closure and defaults have a copy's modules in place of a network's."""
     closure, defaults = hook.__closure__ or (), hook.__defaults__ or ()
     held = [places.get(id(each)) for each in (*map(contents_of, closure), *defaults)]
     if all(each is None for each in held):
@@ -99,12 +144,18 @@ def contents_of(cell: CellType) -> Any:
 
 
 def held_objects(values: Iterable[Any]) -> dict[int, Any]:
-    """Some values and all that they hold, in containers, objects and modules, by identity."""
+    """Some values and all that they hold, in containers, objects, partials, methods and modules, by identity."""
     found, left = dict[int, Any](), [*values]
     while left:
         each = left.pop()
         if id(each) not in found and not isinstance(each, (type, *ATOMS)):
             found[id(each)] = each
-            if not isinstance(each, Tensor):
-                left += each if isinstance(each, set | frozenset) else entries_by_name(each).values()
+            if isinstance(each, set | frozenset):
+                left += each
+            elif isinstance(each, partial):
+                left += (each.func, *each.args, *each.keywords.values())
+            elif isinstance(each, MethodType):
+                left.append(each.__self__)
+            elif not isinstance(each, Tensor):
+                left += entries_by_name(each).values()
     return found

@@ -45,7 +45,7 @@ REMEMBERED = "remembered from an earlier search, and verified; cache=False searc
 
 class OptimizedModel(nn.Module):
     """A network for inference; called like the one it was made from, by any number of threads, and it returns what that
-    returns.
+    returns. Where every call writes into the network, `remark` says so, and that one thread at a time may call it.
 
     The choice is built for arguments like the example's: tensors of the same shapes, types and devices, and equal other
     values; torch's own operators take other shapes, too. Where samples do not depend on each other, batches of other

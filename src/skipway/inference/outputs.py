@@ -78,14 +78,15 @@ def output_difference(expected: Any, output: Any) -> float:
     return difference([old for old, _ in pairs], [new for _, new in pairs])
 
 
-def is_rounding(expected: Any, output: Any) -> bool:
-    """Whether two outputs differ by rounding alone, each of their tensors, see `batch_rounding`.
+def is_rounding(expected: Any, output: Any, coarse: bool = False) -> bool:
+    """Whether two outputs differ by rounding alone, each of their tensors, see `batch_rounding`; `coarse` where the
+    network computes in 16 bits.
 
     Raises:
         SkipwayError: they hold other tensors, or in other containers.
     """
     pairs = [pair for pair in pairs_of_tensors(expected, output) if pair[0].numel()]
-    return all(difference([old], [new]) <= batch_rounding(old) for old, new in pairs)
+    return all(difference([old], [new]) <= batch_rounding(old, coarse) for old, new in pairs)
 
 
 def pairs_of_tensors(expected: Any, output: Any) -> list[tuple[Tensor, Tensor]]:

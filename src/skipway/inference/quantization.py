@@ -289,7 +289,7 @@ def convert_any_batch(model: nn.Module, example: Tensor) -> Any:
     Raises:
         SkipwayError: it fixes the size of its batches.
     """
-    network = convert_openvino_for(model, example, (-1, *example.shape[1:]), plain=False)
+    network = convert_openvino_for(model, example, (-1, *example.shape[1:]))
     if len(network.outputs) != 1 or network.output(0).partial_shape[0].is_static:
         raise SkipwayError(
             "precision='int8': the network fixes the size of its batches: it reads the size as a plain number, by "

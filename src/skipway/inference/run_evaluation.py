@@ -47,7 +47,7 @@ class RunEvaluation:
 
 
 def evaluate_run(
-    path: Path,
+    path: str | Path,
     *,
     device: str = "auto",
     flip: bool | None = None,
@@ -95,7 +95,7 @@ def autocast_for(precision: str, device: torch.device) -> AbstractContextManager
 
 
 def evaluate_images(
-    path: Path,
+    path: str | Path,
     data: Path,
     *,
     device: str = "auto",

@@ -106,7 +106,7 @@ def decode_continuation(tokenizer: Tokenizer, given: Sequence[int], added: Seque
 
 
 def evaluate_text_run(
-    path: Path,
+    path: str | Path,
     data: Path | None = None,
     *,
     column: str | None = None,
@@ -152,7 +152,7 @@ def evaluate_text_run(
 
 
 def other_text(
-    path: Path, inputs: TextInputs, data: Path, column: str | None, outside: bool
+    path: str | Path, inputs: TextInputs, data: Path, column: str | None, outside: bool
 ) -> tuple[TextData, list[str]]:
     """A text that is not the one of the run, with the column and divider of that one, and remarks. How letters are
     encoded is a matter of each file.
@@ -191,7 +191,7 @@ def with_test(data: TextData) -> TextData:
     return dataclasses.replace(data, test=data.validation, remarks=(*data.remarks, remark))
 
 
-def stored_text(path: Path, inputs: TextInputs) -> tuple[TextData, str]:
+def stored_text(path: str | Path, inputs: TextInputs) -> tuple[TextData, str]:
     """The text of a run, split as in training, and the precision of the run."""
     file = config_file(path)
     stored, recipe = read_json(file), stored_recipe(path)
@@ -210,13 +210,13 @@ def stored_text(path: Path, inputs: TextInputs) -> tuple[TextData, str]:
     return text, recipe.precision
 
 
-def config_file(path: Path) -> Path:
+def config_file(path: str | Path) -> Path:
     """The file beside the weights that a run describes itself in."""
     path = local_path(path, (CONFIG,))
     return (path if path.is_dir() else path.parent) / CONFIG
 
 
-def stored_recipe(path: Path) -> Recipe | None:
+def stored_recipe(path: str | Path) -> Recipe | None:
     """The recipe of a run; None where nothing beside the weights holds one, as in a hub folder.
 
     Raises:

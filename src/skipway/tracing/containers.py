@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-__all__ = ["ATOMS", "CLOSED", "entries_of", "leaves_in", "map_tensors", "tensors_in"]
+__all__ = ["ATOMS", "CLOSED", "entries_of", "leaves_in", "map_tensors", "own_attributes", "tensors_in"]
 
 ATOMS = (bool, int, float, complex, str, bytes, type(None))
 """Kinds of values that hold nothing else and cannot be written into."""
@@ -158,12 +159,19 @@ def parts_of(value: Any) -> Iterator[tuple[Any, Any]]:
         yield from value.items()
     elif isinstance(value, list | tuple):
         yield from enumerate(value)
-    yield from getattr(value, "__dict__", {}).items()
+    yield from own_attributes(value)
+
+
+def own_attributes(value: Any) -> Iterator[tuple[str, Any]]:
+    """The attributes of an object, with their names, read past a `__getattr__`, which may return or raise anything."""
+    with suppress(AttributeError):
+        yield from object.__getattribute__(value, "__dict__").items()
     for kind in type(value).__mro__:
         slots = kind.__dict__.get("__slots__", ())
         for name in (slots,) if isinstance(slots, str) else slots:
-            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
-                yield name, getattr(value, name)
+            if name not in ("__dict__", "__weakref__"):
+                with suppress(AttributeError):
+                    yield name, object.__getattribute__(value, name)
 
 
 def entries_of(value: Any) -> dict[str, Any] | None:
@@ -175,6 +183,7 @@ def entries_of(value: Any) -> dict[str, Any] | None:
     """
     if isinstance(value, Tensor | nn.Module | type):
         return None
-    if not isinstance(value, Mapping) and not (callable(getattr(value, "keys", None)) and hasattr(value, "values")):
+    kind = type(value)  # an object may have any attribute that it is asked for
+    if not isinstance(value, Mapping) and not (callable(getattr(kind, "keys", None)) and hasattr(kind, "values")):
         return None
     return {name: value[name] for name in value.keys()}  # noqa: SIM118 (not every one iterates over its keys)

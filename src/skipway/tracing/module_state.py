@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -127,7 +129,7 @@ def differing_state(before: nn.Module, after: nn.Module) -> list[str]:
     >>> differing_state(layer, copied)
     ['calls']
     """
-    others, found, seen = dict(after.named_modules()), list[str](), set[int]()
+    others, found, seen = dict(after.named_modules()), list[str](), dict[tuple[int, int], Any]()
     for path, module in before.named_modules():
         old, new = entries_by_name(module), entries_by_name(others.get(path, module))
         for name in dict.fromkeys((*old, *new)):
@@ -137,7 +139,7 @@ def differing_state(before: nn.Module, after: nn.Module) -> list[str]:
     return found
 
 
-def is_changed(old: Any, new: Any, seen: set[int] | None = None) -> bool:
+def is_changed(old: Any, new: Any, seen: dict[tuple[int, int], Any] | None = None) -> bool:
     """Whether a value or what it holds, in containers, objects and modules, differs from that of a copy: tensors,
     numbers, flags and texts, and what has become or was None. NaN for NaN is no difference, and functions and classes
     have no state.
@@ -145,12 +147,13 @@ def is_changed(old: Any, new: Any, seen: set[int] | None = None) -> bool:
     Args:
         old: a value.
         new: a copy of it, or what has become of that.
-        seen: identities of objects that were compared already; these are added.
+        seen: pairs of objects that were compared already, by their ids, which are theirs as long as they are kept;
+            these are added.
 
     >>> is_changed({"calls": [1, torch.zeros(2)]}, {"calls": [1, torch.ones(2)]})
     True
     """
-    left, seen = [(old, new)], set[int]() if seen is None else seen
+    left, seen = [(old, new)], dict[tuple[int, int], Any]() if seen is None else seen
     while left:
         old, new = left.pop()
         if old is new or isinstance(old, STATELESS) or isinstance(new, STATELESS):
@@ -163,19 +166,24 @@ def is_changed(old: Any, new: Any, seen: set[int] | None = None) -> bool:
         elif isinstance(old, ATOMS):
             if old != new and (old == old or new == new):
                 return True
-        elif id(old) not in seen:
-            seen.add(id(old))
+        elif (id(old), id(new)) not in seen:
+            seen[id(old), id(new)] = old, new
             before, after = entries_by_name(old), entries_by_name(new)
             left += [(before.get(name), after.get(name)) for name in dict.fromkeys((*before, *after))]
     return False
 
 
 def are_different(old: Tensor, new: Tensor) -> bool:
-    """Whether two tensors have another form or, if they are dense, other values; NaN is as NaN."""
-    about = [(each.device, each.dtype, each.layout, each.shape) for each in (old, new)]
+    """Whether two tensors have another form or, if they are dense or nested, other values; NaN is as NaN."""
+    about = [(each.device, each.dtype, each.layout, each.is_nested) for each in (old, new)]
     if about[0] != about[1]:
         return True
-    if old.layout is not torch.strided or old.is_nested or old.is_meta or torch.equal(old, new):
+    if old.is_nested:  # such a tensor may have no shape
+        parts = old.unbind(), new.unbind()
+        return len(parts[0]) != len(parts[1]) or any(map(are_different, *parts))
+    if old.shape != new.shape:
+        return True
+    if old.layout is not torch.strided or old.is_meta or torch.equal(old, new):
         return False
     if not old.is_floating_point() and not old.is_complex():
         return True
@@ -184,14 +192,17 @@ def are_different(old: Tensor, new: Tensor) -> bool:
 
 def entries_by_name(value: Any) -> dict[Any, Any]:
     """What a module, a container or an object holds, by names that are equal in a copy: in place of a key that is an
-    object its position. Of a set, whose order no copy keeps, it is the size, and of an array the bytes.
+    object its position. Of a set, whose order no copy keeps, it is the size, of an array the bytes or the
+    objects.
     """
     if isinstance(value, nn.Module):
         return {**value._parameters, **value._buffers, **value._modules, **held_by(value)}
     if isinstance(value, set | frozenset):
         return {"size": len(value)}
-    if hasattr(value, "tobytes"):
-        return {"bytes": value.tobytes()}
+    if isinstance(value, array | bytearray):
+        return {"bytes": bytes(value)}
+    if (numpy := sys.modules.get("numpy")) is not None and isinstance(value, numpy.ndarray | numpy.generic):
+        return dict(enumerate(value.ravel().tolist())) if value.dtype.hasobject else {"bytes": value.tobytes()}
     parts = enumerate(enumerate(value) if isinstance(value, deque) else parts_of(value))
     return {name if isinstance(name, ATOMS) else (place,): part for place, (name, part) in parts}
 

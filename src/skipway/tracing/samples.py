@@ -162,23 +162,37 @@ def halved_axis(both: Tensor, one: Tensor) -> int | None:
     return differing[0] if fits else None
 
 
-def agrees(both: Tensor, one: Tensor, axis: int) -> bool:
-    """Whether the second half of an output for two samples is the output for the second one, but for rounding."""
+def agrees(both: Tensor, one: Tensor, axis: int, coarse: bool = False) -> bool:
+    """Whether the second half of an output for two samples is the output for the second one, but for rounding, see
+    `batch_rounding`.
+    """
     second = both.narrow(axis, one.shape[axis], one.shape[axis])
     if not one.is_floating_point() and not one.is_complex():
-        return float((second != one).float().mean()) <= batch_rounding(one)
+        return float((second != one).float().mean()) <= batch_rounding(one, coarse)
     wide = torch.complex128 if one.is_complex() else torch.float64
     second, alone = (each.cpu().to(wide) for each in (second, one))  # not every device has float64
     return bool((second - alone).abs().max() <= batch_rounding(one) * alone.abs().max().clamp_min(1e-12))
 
 
-def batch_rounding(output: Tensor) -> float:
-    """How far an output may move, over its largest value, where a sample is in another batch, since sums are in another
-    order. Of whole numbers and truth values, which name things, it is the share that may become others.
+def is_coarse(model: nn.Module, inputs: Any) -> bool:
+    """Whether a network computes with floating numbers of 16 bits or fewer, as its parameters or inputs tell.
 
-    >>> batch_rounding(torch.zeros(1)), batch_rounding(torch.zeros(1).bfloat16()), batch_rounding(torch.zeros(1).long())
-    (0.001, 0.05, 0.0001)
+    >>> is_coarse(nn.Linear(2, 2), torch.zeros(1)), is_coarse(nn.Linear(2, 2).bfloat16(), torch.zeros(1))
+    (False, True)
+    """
+    kinds = {tensor.dtype for tensor in (*model.parameters(), *tensors_in(inputs))}
+    return any(kind.is_floating_point and kind.itemsize < 4 for kind in kinds)
+
+
+def batch_rounding(output: Tensor, coarse: bool = False) -> float:
+    """How far an output may move, over its largest value, where a sample is in another batch, since sums are in another
+    order. Of whole numbers and truth values, which name things, it is the share that may become others, larger where
+    the network computes in 16 bits (`coarse`).
+
+    >>> numbers, names = torch.zeros(1), torch.zeros(1).long()
+    >>> batch_rounding(numbers), batch_rounding(numbers.bfloat16()), batch_rounding(names), batch_rounding(names, True)
+    (0.001, 0.05, 0.0001, 0.05)
     """
     if not output.is_floating_point() and not output.is_complex():
-        return 1e-4
+        return 5e-2 if coarse else 1e-4
     return 1e-3 if output.dtype.to_real() in (torch.float32, torch.float64) else 5e-2

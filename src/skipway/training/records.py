@@ -236,15 +236,16 @@ def write_result(run: Run, path: Path, evaluation: Any) -> None:
     write_tensors(path, tensors, {**about, "result": result})
 
 
-def read_tests(folder: RunFolder) -> list[int]:
+def read_tests(folder: RunFolder, step: int) -> list[int]:
     """The steps after which a run was tested by the header of its best weights, which keep their result when the run
-    goes on; a checkpoint is older than the test of its weights.
+    goes on; a checkpoint is older than the test of its weights. A result without them was one test, after `step`.
     """
     try:
         _, about = read_tensors(folder.best)
     except CheckpointError:  # none yet; whoever tests damaged ones says so
         return []
-    return about.get("result", {}).get("tested_after", [])
+    result = about.get("result")
+    return [] if result is None else result.get("tested_after", [step])
 
 
 def write_weights(run: Run, path: Path) -> None:

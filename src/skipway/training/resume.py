@@ -99,7 +99,8 @@ def resume_run(run: Run, stored: dict[str, Any]) -> None:
     run.task.check_unchanged(run, stored)
     length = load_newest_checkpoint(run)
     loaded = replace(run.progress)
-    run.progress.tested_after = sorted({*loaded.tested_after, *read_tests(run.folder)})
+    known = loaded.tested_after or [run.global_step]
+    run.progress.tested_after = sorted({*loaded.tested_after, *read_tests(run.folder, known[-1])})
     change_plan(run, stored["recipe"] if length is None else length)
     run.earlier_seconds = run.progress.seconds
     if run.ranks.first:

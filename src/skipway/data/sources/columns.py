@@ -89,11 +89,11 @@ class Columns:
 
     def split_of(self, row: Sequence[str]) -> Split | str | None:
         """The split that a row is in, also as "validation and test" where marks contradict each other; a cell that is
-        none as it stands; None: a cell is empty.
+        none as it stands; None: its cells are empty. Of several marks, an empty cell is none.
         """
         found = [split_in_cell(row[number].strip(), plain(self.names[number])) for number in self.split]
         said = [split for split in dict.fromkeys(found) if split not in ("train", None)]
-        return " and ".join(map(str, said)) or (None if None in found else "train")
+        return " and ".join(map(str, said)) or (None if found and not any(found) else "train")
 
 
 def split_in_cell(cell: str, name: str) -> Split | str | None:

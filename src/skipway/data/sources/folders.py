@@ -19,6 +19,7 @@ from skipway.data.sources.index import (
     check_classes,
     check_known_classes,
     class_name,
+    files_of_classes,
     name_list,
 )
 from skipway.data.sources.readers import FileStore
@@ -57,14 +58,19 @@ class Layout:
         return tuple(f"{printable(path)!r}: {reason}" for path, reason in self.unused.items())
 
 
-def layout_of(top: SourceFolder, where: str) -> Layout:
+def layout_of(top: SourceFolder, where: str, fewest: int = 2) -> Layout:
     """The layout of a folder of images, by the names of its subfolders.
 
     A folder `train` that holds images but no folders is a class beside other classes: trains are vehicles.
 
+    Args:
+        top: the folder.
+        where: its name, for messages.
+        fewest: see `index_folders`.
+
     Raises:
-        DataError: there are split folders but no training images, or class folders beside one whose name sounds like
-            a split that is not known.
+        DataError: there are split folders but no training images, where more than one class is needed, or class
+            folders beside one whose name sounds like a split that is not known.
     """
     by_split: dict[Split | None, list[SourceFolder]] = {}
     for folder in top.folders.values():
@@ -93,7 +99,7 @@ def layout_of(top: SourceFolder, where: str) -> Layout:
             "train/<class>/<image>, or name those folders otherwise if they are one class"
         )
     layout.splits = frozenset(folder.name for folders in layout.held.values() for folder in folders)
-    if layout.splits and len(top.folders) == len(layout.splits):
+    if fewest > 1 and layout.splits and len(top.folders) == len(layout.splits):
         raise DataError(
             f"{where} has {name_list(sorted(layout.splits))} but no training folder: add one named train, "
             "or give one of them"
@@ -150,7 +156,7 @@ def index_folders(
         outside: follow links out of the root.
         subfolders: "merge": subfolders of a class folder belong to the class; "classes": each folder that directly
             holds images is a class, named by its path.
-        fewest: number of classes with images that are needed.
+        fewest: number of classes with images that are needed; 1 for images that are not trained on, in any split.
 
     Raises:
         DataError: the folder is empty, has fewer classes, an empty class, or a class in its validation or
@@ -159,10 +165,11 @@ def index_folders(
     """
     top, left_out = scan_folder(root, outside=outside)
     start = innermost(top)
-    layout = layout_of(start, printable(root))
+    layout = layout_of(start, printable(root), fewest)
     splits, remarks = read_layout(top, start, layout, subfolders, left_out)
     where = printable(root / layout.train.path)
-    classes = check_classes(splits["train"], where, allow_empty=allow_empty, left_out=left_out, fewest=fewest)
+    files = files_of_classes(splits, fewest)
+    classes = check_classes(files, where, allow_empty=allow_empty, left_out=left_out, fewest=fewest)
     for split, folders in layout.held.items():
         if split in splits:
             check_known_classes(splits[split], classes, printable(root / folders[0].path), split)
@@ -170,7 +177,7 @@ def index_folders(
         store=FileStore(root),
         name=root.resolve().name,
         classes=classes,
-        train=splits["train"],
+        train={name: splits["train"].get(name, []) for name in classes},
         validation=splits.get("validation"),
         test=splits.get("test"),
         left_out=left_out,

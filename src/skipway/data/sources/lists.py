@@ -96,12 +96,11 @@ class ListRows:
             self.left_out.add("without a label", name)
             return False
         split = self.columns.split_of(row)
-        if split is None:
-            empty = next(number for number in self.columns.split if not row[number].strip())
-            self.left_out.add(f"with an empty {self.columns.names[empty]!r}", name)
-            return False
         if split not in SPLITS:
             held = name_list(self.columns.names[number] for number in self.columns.split)
+            if split is None:
+                self.left_out.add(f"with an empty {held}", name)
+                return False
             fault = f"split {printable(split)!r} is not known; known are {known_names()}"
             if len(self.columns.split) > 1:
                 fault = f"{name!r} is {printable(split)!r} by {held}: the rule is 0 or 1, at most one of them 1"

@@ -98,7 +98,9 @@ def index_shards(
 
     A shard belongs to the split that is one of the words of its name or its folder's name; to train if none
     is. A shard whose name sounds like another split, such as `extra-000.tar`, is left alone. Images without a label
-    beside them are read as from the unpacked folders of all shards together, see `index_folders`.
+    beside them are read as from the unpacked folders of all shards together, see `index_folders`. Of several shards, a
+    folder around all of one that names its split, or is named as the shard like those in the other, numbered ones, is
+    no class.
 
     Raises:
         DataError: a shard is missing, compressed, damaged, holds a link or a name that leads out of it, or too many
@@ -120,6 +122,7 @@ def index_shards(
     members: dict[str, ShardMember] = {}
     splits: dict[Split, FilesByClass] = {}
     folders: set[str] = set()
+    alone: set[str] = set()
     unlabelled: dict[str, list[str]] = {}
     labelled: dict[Split, set[str]] = {split: set() for split in SPLITS}
     left_out = LeftOut()
@@ -128,13 +131,20 @@ def index_shards(
             continue
         split = used[path] or "train"
         start = f"{split}/" if by_shard else ""
-        images, inside = scan_shard(path, left_out)
-        folders |= {start + folder for folder in inside}
+        images, empty = scan_shard(path, left_out)
+        inside = {folder_of(member) for member, label, _ in images if label is None} | empty
+        top, around = top_folder(inside) if len(shards) > 1 else "", ""
+        if top and split_of(top) == split:
+            start, around = f"{split}/", top
+        elif top == path.stem and top not in inside:
+            alone.add(start + top)
+        folders |= {start + folder.removeprefix(around).removeprefix("/") for folder in empty}
         for member, label, place in images:
-            file, folder = f"{shard}/{member}", member.rpartition("/")[0]
+            file, folder = f"{shard}/{member}", folder_of(member)
             members[file] = ShardMember(shard, *place)
             if label is None:
-                unlabelled.setdefault(start + folder, []).append(file)
+                below = start + folder.removeprefix(around).removeprefix("/")
+                unlabelled.setdefault(below, []).append(file)
             else:
                 splits.setdefault(split, {}).setdefault(label, []).append(file)
                 labelled[split].add(folder)
@@ -146,13 +156,15 @@ def index_shards(
     left_alone = tuple(f"{printable(shard)!r}: its name is none of train, val, test" for shard in unused)
     if unlabelled:
         tree = SourceFolder("")
-        # folders without an image are classes, too, where folders say the classes
-        inside = unlabelled.keys() if any(labelled.values()) else unlabelled.keys() | folders
-        for folder in sorted(inside, key=lambda folder: folder.split("/")):
+        # empty folders are classes, too, where folders say the classes
+        known = unlabelled.keys() if any(labelled.values()) else unlabelled.keys() | folders
+        for folder in sorted(known, key=lambda folder: folder.split("/")):
             tree.enter(folder).files += unlabelled.get(folder, [])
-        top = tree if by_shard else unwrapped(tree)
-        layout = layout_by_shards(tree, where) if by_shard else layout_of(top, where)
-        found, remarks = read_layout(tree, top, layout, subfolders, left_out)
+        merged = merge_parts(tree.folders.values() if by_shard else [tree], alone)
+        base = tree if by_shard else unwrapped(tree)
+        layout = layout_by_shards(tree, where) if by_shard else layout_of(base, where, fewest)
+        found, remarks = read_layout(tree, base, layout, subfolders, left_out)
+        remarks += merged
         left_alone += layout.left_alone
         add_in_order(splits, found, members)
     else:
@@ -198,6 +210,50 @@ def unwrapped(folder: SourceFolder) -> SourceFolder:
     return folder
 
 
+def folder_of(member: str) -> str:
+    """The folder of a member as names between slashes, without `.`; "": none.
+
+    >>> folder_of("./a/b.png"), folder_of("b.png")
+    ('a', '')
+    """
+    return "/".join(name for name in member.split("/")[:-1] if name not in ("", "."))
+
+
+def top_folder(folders: Collection[str]) -> str:
+    """The folder that all these are or lie in, at least one of them in it; "": there is none.
+
+    >>> top_folder(["a/b", "a/c/d"]), top_folder(["a", "b/c"]), top_folder(["a"])
+    ('a', '', '')
+    """
+    tops = {folder.partition("/")[0] for folder in folders}
+    return tops.pop() if len(tops) == 1 and any("/" in folder for folder in folders) else ""
+
+
+def merge_parts(tops: Iterable[SourceFolder], alone: Collection[str]) -> list[str]:
+    """Merge folders that are named as their shards, where those are numbered parts and no classes; a remark if any are.
+
+    Args:
+        tops: the folders around those of the shards of each split.
+        alone: the paths of folders that are named as their shard and hold all of it in folders.
+    """
+    numbered: list[tuple[SourceFolder, list[SourceFolder]]] = []
+    for top in tops:
+        parts = list(top.folders.values())
+        alike = len({re.sub(r"\d+", "", part.name) for part in parts}) == 1
+        if len(parts) > 1 and alike and all(part.path in alone for part in parts):
+            numbered.append((top, parts))
+    # one folder of the same name in each: the shards are classes, as in n01440764/images
+    if len({name for _, parts in numbered for part in parts for name in part.folders}) < 2:
+        return []
+    for top, parts in numbered:
+        top.folders = {}
+        for part in parts:
+            for folder in part.walk():
+                top.enter(folder.path.removeprefix(part.path)).files += folder.files
+    example = printable(numbered[0][1][0].name)
+    return [f"each of the numbered shards is one folder, such as {example!r}: the folders in it are the classes"]
+
+
 def layout_by_shards(tree: SourceFolder, where: str) -> Layout:
     """The layout of the folders in shards, by split, whose names say the splits.
 
@@ -209,7 +265,7 @@ def layout_by_shards(tree: SourceFolder, where: str) -> Layout:
         folder.path
         for part in parts.values()
         for folder in part.folders.values()
-        if split_of(folder.name) and (folder.folders or split_of(folder.name) != "train")
+        if split_of(folder.name) and folder.folders
     ]
     if again:
         raise DataError(
@@ -247,12 +303,13 @@ def common_folder(paths: Sequence[Path]) -> tuple[str, ...]:
 
 def scan_shard(path: Path, left_out: LeftOut) -> tuple[list[tuple[str, str | None, tuple[int, int]]], set[str]]:
     """(name, label, (offset, size)) of every image of a shard, with None for one without a label beside it, and the
-    folders in the shard; only labels are read.
+    folders with nothing in them; only labels are read.
     """
     images: list[tuple[str, str, tuple[int, int]]] = []
     others: list[tuple[str, str, tuple[int, int]]] = []
     labels: dict[str, tuple[str, tuple[int, int]]] = {}
     folders: set[str] = set()
+    full: set[str] = set()
     size, count = path.stat().st_size, 0
     try:
         with tarfile.open(path, "r:") as tar:
@@ -261,14 +318,18 @@ def scan_shard(path: Path, left_out: LeftOut) -> tuple[list[tuple[str, str | Non
                 tar.members = []  # pyrefly: ignore[missing-attribute]
                 count += 1
                 check_member(path, member, size, count)
-                if member.isdir() and not name_fault(f"{member.name}/-"):
-                    folders.add(member.name)
+                if fault := name_fault(f"{member.name}/-" if member.isdir() else member.name):
+                    if member.isreg():
+                        left_out.add(fault, f"{path.name}/{member.name}")
+                    continue
+                above = folder_of(member.name)
+                while above not in full:
+                    full.add(above)
+                    above = above.rpartition("/")[0]
+                if member.isdir():
+                    folders.add(folder_of(f"{member.name}/-"))
                 if not member.isreg():
                     continue
-                if fault := name_fault(member.name):
-                    left_out.add(fault, f"{path.name}/{member.name}")
-                    continue
-                folders.add(member.name.rpartition("/")[0])
                 key, suffix = key_and_suffix(member.name)
                 place = (member.offset_data, member.size)
                 if "." + suffix.rpartition(".")[2] in SUFFIXES:
@@ -292,7 +353,8 @@ def scan_shard(path: Path, left_out: LeftOut) -> tuple[list[tuple[str, str | Non
             else:
                 images.append(other)
         images.sort(key=lambda image: image[2])
-        return [(name, label_of(path, file, name, labels.get(key)), place) for name, key, place in images], folders
+        found = [(name, label_of(path, file, name, labels.get(key)), place) for name, key, place in images]
+        return found, folders - full
 
 
 def describe_member(file: Any, name: str, key: str, place: tuple[int, int]) -> str:

@@ -12,7 +12,7 @@ from skipway.recipe import LENGTHS, Kind, Recipe
 __all__ = ["again_command", "train_command"]
 
 
-def train_command(recipe: Recipe, kind: Kind | None = None) -> str:
+def train_command(recipe: Recipe, kind: Kind | None = None, *, exact: bool = False) -> str:
     """Return the command line of a recipe for readers: `skipway train` with every option that has an effect and is not
     the default.
 
@@ -22,11 +22,14 @@ def train_command(recipe: Recipe, kind: Kind | None = None) -> str:
     Args:
         recipe: of a run.
         kind: of its data; options for the other kind have no effect. None: options for both.
+        exact: channel statistics with all digits.
 
     >>> train_command(Recipe(depth=8, flip=False, scheme="skipinit(0.1)"))
     "skipway train --no-flip --depth 8 --scheme 'skipinit(0.1)'"
     >>> train_command(Recipe(mean="0.4913996898,0.4821584196"))
     'skipway train --mean 0.4914,0.4822'
+    >>> train_command(Recipe(mean="0.4913996898"), exact=True)
+    'skipway train --mean 0.4913996898'
     >>> train_command(Recipe(time="1h", epochs=30))
     'skipway train --time 1h'
     >>> train_command(Recipe(fit="crop", context=64), "text")
@@ -42,7 +45,7 @@ def train_command(recipe: Recipe, kind: Kind | None = None) -> str:
         other = kind is not None and field.metadata.get("only") not in (None, kind)
         if field.name in ("data", *idle) or value == field.default or other:
             continue
-        if field.name in ("mean", "std"):
+        if field.name in ("mean", "std") and not exact:
             value = ",".join(f"{number:.4g}" for number in recipe.numbers(field.name) or ())
         option = field.name.replace("_", "-")
         if isinstance(value, bool):
