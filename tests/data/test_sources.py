@@ -567,6 +567,8 @@ def test_folders_of_other_files_in_a_tar_are_no_classes(tmp_path):
         found = index_source(root.with_suffix(".tar"))
         assert found.classes == LABELS
         assert found.inventory.total == 7
+        named = f"'{number}.tar/{Path(other).parent.as_posix()}'"
+        assert found.remarks[-1] == f"nothing was read of {named}, which are no classes"
 
 
 def test_held_parts_alone_are_evaluated(tmp_path):

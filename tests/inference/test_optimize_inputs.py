@@ -1121,6 +1121,40 @@ def test_hooks_with_a_part_of_the_network_fill_the_lists_of_the_caller(hook_of):
     torch.testing.assert_close(seen[0], seen[1])
 
 
+class Skips:
+    """A hook on two modules: what the first returns is added to what the second returns."""
+
+    def __init__(self, network):
+        self.first, self.held = network[0], {"network": network}
+
+    def __call__(self, module, given, output):
+        if module is self.first:
+            self.held["kept"] = output
+            return None
+        return output + self.held["kept"]
+
+
+def skip(held, module, given, output):
+    if module is held["network"][0]:
+        held["kept"] = output
+        return None
+    return output + held["kept"]
+
+
+@pytest.mark.parametrize("hook_of", [Skips, lambda network: partial(skip, {"network": network})])
+@pytest.mark.parametrize("called", [True, False])
+def test_hooks_on_several_modules_share_what_they_hold(hook_of, called):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).eval()
+    hook = hook_of(model)
+    for number in (0, 2):
+        model[number].register_forward_hook(hook)
+    if called:
+        with torch.no_grad():
+            model(X + 1)
+    fast = optimize(model, X, backends="torch", cache=False)
+    torch.testing.assert_close(fast(2 * X), model(2 * X).detach())
+
+
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
 @pytest.mark.filterwarnings("ignore:.*nested tensors.*:UserWarning")
 def test_nested_tensors_are_compared(layout):

@@ -57,12 +57,13 @@ def share_hooks(copied: M, model: nn.Module) -> M:
         return copied
     copies, own = dict(copied.named_modules()), held_objects(model.modules())
     places = {id(module): copies[name] for name, module in model.named_modules() if name in copies}
+    replaced: dict[int, Any] = {}  # hooks on several modules share what they hold
     for name, module in model.named_modules():
         for table in TABLES if name in copies else ():
             made = getattr(copies[name], table)
             for key, hook in getattr(module, table).items():
                 if is_foreign(hook) and (key in made or not holds_part(own, hook)):
-                    made[key] = in_copy(hook, made.get(key), own, places, {})
+                    made[key] = in_copy(hook, made.get(key), own, places, replaced)
     return copied
 
 
@@ -109,10 +110,16 @@ def in_copy(
     if isinstance(value, partial):
         named = {name: entry(part, copied.keywords[name]) for name, part in value.keywords.items()}
         return partial(entry(value.func, copied.func), *map(entry, value.args, copied.args), **named)
-    if type(value) in (list, tuple):
-        return type(value)(map(entry, value, copied))
+    if type(value) is tuple:
+        return tuple(map(entry, value, copied))
+    if type(value) is list:
+        items: list[Any] = made.setdefault(id(value), [])
+        items.extend(map(entry, value, copied))
+        return items
     if type(value) is dict:
-        return dict(zip(value, map(entry, value.values(), copied.values()), strict=True))
+        entries: dict[Any, Any] = made.setdefault(id(value), {})
+        entries.update(zip(value, map(entry, value.values(), copied.values()), strict=True))
+        return entries
     if isinstance(value, (nn.Module, list, tuple, dict, set, frozenset, deque)):
         return copied
     new = made[id(value)] = copy.copy(value)

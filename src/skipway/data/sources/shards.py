@@ -122,7 +122,7 @@ def index_shards(
     members: dict[str, ShardMember] = {}
     splits: dict[Split, FilesByClass] = {}
     folders: set[str] = set()
-    alone: set[str] = set()
+    alone, silent = set[str](), set[str]()
     unlabelled: dict[str, list[str]] = {}
     labelled: dict[Split, set[str]] = {split: set() for split in SPLITS}
     left_out = LeftOut()
@@ -131,7 +131,8 @@ def index_shards(
             continue
         split = used[path] or "train"
         start = f"{split}/" if by_shard else ""
-        images, empty = scan_shard(path, left_out)
+        images, empty, unread = scan_shard(path, left_out)
+        silent |= {f"{shard}/{folder}" for folder in unread - {"", *(folder_of(member) for member, _, _ in images)}}
         inside = {folder_of(member) for member, label, _ in images if label is None} | empty
         top, around = top_folder(inside) if len(shards) > 1 else "", ""
         if top and split_of(top) == split:
@@ -165,6 +166,7 @@ def index_shards(
         layout = layout_by_shards(tree, where) if by_shard else layout_of(base, where, fewest)
         found, remarks = read_layout(tree, base, layout, subfolders, left_out)
         remarks += merged
+        remarks += [f"nothing was read of {name_list(sorted(silent))}, which are no classes"] if silent else []
         left_alone += layout.left_alone
         add_in_order(splits, found, members)
     else:
@@ -301,9 +303,11 @@ def common_folder(paths: Sequence[Path]) -> tuple[str, ...]:
     return tuple(shared)
 
 
-def scan_shard(path: Path, left_out: LeftOut) -> tuple[list[tuple[str, str | None, tuple[int, int]]], set[str]]:
-    """(name, label, (offset, size)) of every image of a shard, with None for one without a label beside it, and the
-    folders with nothing in them; only labels are read.
+def scan_shard(
+    path: Path, left_out: LeftOut
+) -> tuple[list[tuple[str, str | None, tuple[int, int]]], set[str], set[str]]:
+    """(name, label, (offset, size)) of every image of a shard, with None for one without a label beside it, the folders
+    with nothing in them, and those of files that are left out; only labels are read.
     """
     images: list[tuple[str, str, tuple[int, int]]] = []
     others: list[tuple[str, str, tuple[int, int]]] = []
@@ -345,16 +349,18 @@ def scan_shard(path: Path, left_out: LeftOut) -> tuple[list[tuple[str, str | Non
         raise DataError(
             f"{printable(path)}: not a tar file that can be read in place: {error}{compression_advice(path)}"
         ) from error
+    unread: set[str] = set()
     with path.open("rb") as file:
         for other in others:
             what = describe_member(file, *other)
             if what:
                 left_out.add(what, f"{path.name}/{other[0]}")
+                unread.add(folder_of(other[0]))
             else:
                 images.append(other)
         images.sort(key=lambda image: image[2])
         found = [(name, label_of(path, file, name, labels.get(key)), place) for name, key, place in images]
-        return found, folders - full
+        return found, folders - full, unread
 
 
 def describe_member(file: Any, name: str, key: str, place: tuple[int, int]) -> str:
