@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from skipway.errors import SkipwayError
 from skipway.inference.answer_check import AnswerChange, AnswerCheck
 from skipway.inference.backends import BACKENDS, INT8, ORIGINAL, Backend, Choice, Run, call_with
-from skipway.inference.batch_pieces import BatchAxes, build_run, find_batch_axes, halve, randomize
+from skipway.inference.batch_pieces import BatchAxes, build_run, find_batch_axes, halve, halve_whole, randomize
 from skipway.inference.hooks import copy_network, foreign_hook, share_hooks
 from skipway.inference.inputs import root_cause
 from skipway.inference.outputs import (
@@ -115,11 +115,9 @@ def vary_constant(tensor: Tensor) -> Tensor:
     """A tensor of other values than one that `vary` leaves as it is: random numbers in place of floating zeros, of
     integers the halves, and 1 in place of 0. Truth values stay.
     """
-    if not tensor.numel() or tensor.dtype is torch.bool:
+    if not tensor.numel():
         return tensor
-    if tensor.is_floating_point() or tensor.is_complex():
-        return randomize(tensor)
-    return tensor // 2 if tensor.any() else tensor + 1
+    return randomize(tensor) if tensor.is_floating_point() or tensor.is_complex() else halve_whole(tensor)
 
 
 def call_copied(network: nn.Module, example: Any) -> Any:

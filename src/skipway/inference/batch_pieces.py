@@ -190,6 +190,7 @@ def find_batch_axes(model: nn.Module, example: Any, output: Any = None) -> Batch
     plain = not list(tensors_in(contained)) and not any(map(may_be_written, contained))
     leaves, structure = tree_flatten((args, kwargs))
     dense = [leaf for leaf in leaves if isinstance(leaf, Tensor) and has_axes(leaf)]
+    coarse = is_coarse(model, example)
     for axis in (0, 1) if plain and dense else ():
         if dense[0].ndim <= axis or not (size := dense[0].shape[axis]):
             continue
@@ -197,13 +198,16 @@ def find_batch_axes(model: nn.Module, example: Any, output: Any = None) -> Batch
             axis_of(leaf, size, axis) if isinstance(leaf, Tensor) and has_axes(leaf) else None for leaf in leaves
         )
         call = partial(call_samples, model, leaves, structure, inputs)
-        outputs = independent_axes(call, *pairs_of_samples(leaves, inputs), is_coarse(model, example))
-        if outputs is not None and fits_halves(model, example, axes := BatchAxes(size, inputs, outputs), output):
+        outputs = independent_axes(call, *pairs_of_samples(leaves, inputs), coarse)
+        if outputs is None:
+            continue
+        axes = BatchAxes(size, inputs, outputs)
+        if fits_halves(model, example, axes, coarse, output):
             return axes
     return None
 
 
-def fits_halves(model: nn.Module, example: Any, axes: BatchAxes, output: Any = None) -> bool:
+def fits_halves(model: nn.Module, example: Any, axes: BatchAxes, coarse: bool, output: Any = None) -> bool:
     """Whether the output for an example is that for its halves, joined."""
     if axes.size < 2:
         return True
@@ -217,7 +221,7 @@ def fits_halves(model: nn.Module, example: Any, axes: BatchAxes, output: Any = N
     try:
         whole = call(0, axes.size) if output is None else output
         parts = [call(0, half), call(half, axes.size)]
-        return is_rounding(whole, axes.join(parts, axes.size), is_coarse(model, example))
+        return is_rounding(whole, axes.join(parts, axes.size), coarse)
     except Exception:  # a network raises whatever it likes at another size, and outputs may be of other shapes
         return False
 
@@ -261,8 +265,12 @@ def other_samples(sample: Sample, axes: list[int]) -> Iterator[Sample]:
         *([getattr(part, name)().expand_as(part) for part in sample] for name in ("amax", "amin")),
     ]
     different = [other for other in others if not all(map(torch.equal, other, sample))]
-    equal = [part if part.dtype is torch.bool else part // 2 if part.any() else part + 1 for part in sample]
-    yield from different or [equal]
+    yield from different or [[halve_whole(part) for part in sample]]
+
+
+def halve_whole(part: Tensor) -> Tensor:
+    """The halves of whole numbers, and ones in place of zeros; truth values stay."""
+    return part if part.dtype is torch.bool else part // 2 if part.any() else part + 1
 
 
 def halve(part: Tensor) -> Tensor:
