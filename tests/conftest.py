@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import sys
@@ -35,6 +36,8 @@ def seed() -> None:
 
 # torch.nn makes many objects and few cycles: a tenth to a third of the time of a test was the collector's
 gc.set_threshold(20_000, 10, 10)
+# no test cuts the power, and on a disk that others use a run of some steps waited for it as long as it computed
+os.fsync = lambda descriptor: None
 
 
 def settle_modules(config: pytest.Config) -> None:
@@ -50,11 +53,29 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     settle_modules(session.config)
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_runtest_teardown(item: pytest.Item) -> None:
-    # transformers, onnx or the compiler came in
-    if len(sys.modules) > item.config.stash[MODULES] + 200:
-        settle_modules(item.config)
+def keep_registry() -> None:
+    """Keep torch's table of operators in ONNX: each export makes it anew, and onnxscript parses the source of 500
+    functions for it, half a second long.
+    """
+    module = sys.modules.get("torch.onnx._internal.exporter._registration")
+    registry = getattr(module, "ONNXRegistry", None)
+    if registry is not None and isinstance(vars(registry).get("from_torchlib"), classmethod):
+        registry.from_torchlib = staticmethod(functools.cache(registry.from_torchlib))
+
+
+class Upkeep:
+    """What is done after each test, and after the doctests of src, which a hook of this file alone does not see."""
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_teardown(self, item: pytest.Item) -> None:
+        keep_registry()
+        # transformers, onnx or the compiler came in
+        if len(sys.modules) > item.config.stash[MODULES] + 200:
+            settle_modules(item.config)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Upkeep())
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

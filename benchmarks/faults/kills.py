@@ -51,7 +51,7 @@ def preload() -> None:
         *("torch._dynamo", "skipway.training.loop", "skipway.training.cross_validation", "skipway.diagnosis"),
         *("skipway.diagnosis.diagnosis", "skipway.report.run.page", "skipway.cli.app", "skipway.cli.train"),
         *("skipway.cli.progress", "PIL.GifImagePlugin", "PIL.JpegImagePlugin", "PIL.PngImagePlugin"),
-        *("PIL.BmpImagePlugin", "PIL.PpmImagePlugin", "sklearn.datasets", "sklearn.utils._bunch"),
+        *("PIL.BmpImagePlugin", "PIL.PpmImagePlugin"),
     ):
         import_module(name)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
@@ -103,12 +104,13 @@ def parse_spec(text: str, lookup: Callable[[str], Callable[..., T]]) -> T:
 
 
 def construct(make: Callable[..., T], text: str, args: list[Any], kwargs: dict[str, Any]) -> T:
-    """Call `make`, with a wrong argument turned into a message about the spec string."""
+    """Call `make`, with a wrong argument turned into a message about the spec string, which names the right ones."""
     try:
         return make(*args, **kwargs)
     except TypeError as error:
         reason = str(error).replace(f"{getattr(make, '__name__', '')}.__init__() ", "")
-        raise SkipwayError(f"{text!r}: {reason}") from error
+        known = ", ".join(inspect.signature(make).parameters) or "none"
+        raise SkipwayError(f"{text!r}: {reason}; the arguments are: {known}") from error
 
 
 def same_definition(old: object, new: object) -> bool:

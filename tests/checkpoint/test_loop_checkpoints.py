@@ -223,3 +223,49 @@ def test_random_states_of_gpus_that_are_not_here_are_warned_about(monkeypatch, h
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 5)
     set_random_state(state)
     assert given[len(put) :] == [0, 1, 2, 3]
+
+
+def test_a_loop_that_forgot_to_resume_replaces_no_equal_step(tmp_path):
+    sw.LoopCheckpoints(tmp_path, model=network()).save(0)
+    with pytest.raises(sw.CheckpointError, match=r"holds a checkpoint of step 0.*resume\(\)"):
+        sw.LoopCheckpoints(tmp_path, model=network()).save(0)
+
+
+class Versioned(nn.Linear):
+    """A module that reads states by their version and has extra state that grows."""
+
+    _version = 2
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.seen = torch.zeros(0)
+
+    def get_extra_state(self):
+        return self.seen
+
+    def set_extra_state(self, state):
+        self.seen = state
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
+        self.read = local_metadata.get("version")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+def test_versions_and_extra_state_of_another_shape_come_back(tmp_path, monkeypatch):
+    model = nn.Sequential(Versioned())
+    model[0].seen = torch.ones(3)
+    sw.LoopCheckpoints(tmp_path, model=model).save(1)
+    monkeypatch.setattr(Versioned, "_version", 3)
+    other = nn.Sequential(Versioned())
+    assert sw.LoopCheckpoints(tmp_path, model=other).resume() == 1
+    assert other[0].read == 2
+    assert torch.equal(other[0].seen, torch.ones(3))
+
+
+def test_several_processes_are_told_that_they_draw_the_same(tmp_path, monkeypatch):
+    model = network()
+    sw.LoopCheckpoints(tmp_path, model=model).save(1)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.warns(UserWarning, match="2 processes resume with the random states of the one that saved"):
+        sw.LoopCheckpoints(tmp_path, model=model).resume()

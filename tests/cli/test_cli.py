@@ -410,7 +410,7 @@ def test_a_run_that_changed_hands_is_refused(capsys):
 
 @pytest.mark.skipif(os.name == "nt", reason="no SIGINT for another process there")
 def test_an_interrupted_run_can_be_continued(capsys):
-    """Other signals and their statuses are in tests/training/test_signals.py."""
+    """Other signals and their statuses are in tests/training/test_faults.py."""
     options = ["train", *QUICK, "--epochs", "900", "--out", "run"]
     process = subprocess.Popen(
         [*COMMAND, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1

@@ -74,7 +74,7 @@ def picky():
     return nn.Sequential(nn.Flatten(0), nn.Linear(12, 4))
 
 def deep():
-    layers = (nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(48))
+    layers = (nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(24))
     return nn.Sequential(nn.Flatten(), nn.Linear(12, 8), *layers, nn.Linear(8, 4))
 
 def one_class():
@@ -266,16 +266,16 @@ DEEP = ["mine.py:deep", "--input", "3,2,2", "--samples", "32", "--device", "cpu"
 
 
 def test_fix_shows_progress_and_before_and_after_and_saves_the_weights(capsys, monkeypatch):
-    """48 layers without a skip do not train; with one around each layer, scaled by a learnable gain, they do. Progress
+    """24 layers without a skip do not train; with one around each layer, scaled by a learnable gain, they do. Progress
     is plain lines in a pipe for people.
     """
     monkeypatch.setattr("skipway.diagnosis.progress.PLAIN_INTERVAL", 0.0)
     status, out, err = run(capsys, *DEEP, "--fix", "--save-model", "mended.safetensors")
     assert status == 0
-    assert "  → add a skip around each of 48 layers (2, 3, …, 49): x = x + layer(x) / √48\n" in out
+    assert "  → add a skip around each of 24 layers (2, 3, …, 25): x = x + layer(x) / √24\n" in out
     assert re.search(r"^ +before +after$", out, re.MULTILINE)
     assert re.search(r"^verdict +will not train +trains$", out, re.MULTILINE)
-    assert sum(name.endswith(".gain") for name in read_weights("mended.safetensors")) == 48
+    assert sum(name.endswith(".gain") for name in read_weights("mended.safetensors")) == 24
     assert "\nweights   mended.safetensors\nnote      more than weights was changed: the file, loaded into the" in out
     lines = err.splitlines()
     assert re.match(r"diagnosing: \d+ % after \d+ s, about \d+ s more$", lines[0])
@@ -293,7 +293,7 @@ def test_fix_tells_programs_the_same_without_progress(capsys, monkeypatch):
     assert err.count("\n") == 1
     assert (status, content["applied"]) == (
         0,
-        ["add a skip around each of 48 layers (2, 3, …, 49): x = x + layer(x) / √48"],
+        ["add a skip around each of 24 layers (2, 3, …, 25): x = x + layer(x) / √24"],
     )
     assert [content[when]["verdict"] for when in ("before", "after")] == ["will not train", "trains"]
 

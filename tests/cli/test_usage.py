@@ -16,9 +16,12 @@ from skipway.hardware.checkup import Checkup, Speeds
 from skipway.install_lines import EXTRAS, library_line
 
 COMMANDS = [name for name in app if not name.startswith("-")]
+MKL = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "9", "MKL_NUM_THREADS": "2"}
 FINE = Checkup(
     processor="a CPU",
     cores=4,
+    physical=4,
+    machine=4,
     load=0.5,
     instructions="AVX512",
     precisions=(),
@@ -78,11 +81,17 @@ def test_wrong_values_end_with_the_help_of_the_command(capsys):
     [
         ({}, None),
         ({"threads": 1, "settings": {"OMP_NUM_THREADS": "1"}}, "1 of 4 cores, since OMP_NUM_THREADS=1"),
+        ({"threads": 3}, "torch computes with 3 of 4 cores: OMP_NUM_THREADS=4"),
+        ({"threads": 2, "settings": MKL}, "2 of 4 cores, since MKL_NUM_THREADS=2: MKL_NUM_THREADS=4"),
+        ({"cores": 8}, None),  # two of them share a physical core, and torch starts one thread for both
+        ({"cores": 8, "threads": 8}, None),
         ({"threads": 16}, "16 threads wait for each other on 4 cores: OMP_NUM_THREADS=4"),
+        ({"threads": 16, "settings": MKL}, "on 4 cores, since MKL_NUM_THREADS=2: MKL_NUM_THREADS=4"),
         ({"speeds": dataclasses.replace(FINE.speeds, product=100)}, "4 threads are no faster than one"),
         ({"speeds": dataclasses.replace(FINE.speeds, bfloat16=100)}, "bfloat16 is 4.0 times slower than float32"),
         ({"settings": {}}, "OMP_WAIT_POLICY=PASSIVE"),
-        ({"load": 9.0}, "9.0 processes share 4 cores"),
+        ({"load": 9.0}, "9.0 processes share the 4 cores of this machine"),
+        ({"load": 20.0, "machine": 64}, None),  # a container of 4 cores among others
         ({"blas": "open"}, "no oneDNN"),
         ({"driver": True}, "install the build for CUDA"),
         ({"build": "CUDA 12.8"}, "built for CUDA 12.8 and sees no GPU"),
@@ -113,6 +122,7 @@ def test_doctor_measures_this_machine_and_names_what_is_missing(capsys, monkeypa
     shown = capsys.readouterr().out
     assert f"skipway {skipway.__version__}" in shown
     assert "nothing was found that is slow here" in shown
+    assert "load 0.5 on 4 cores\n" in shown
     assert re.search(r"^missing     matplotlib, for .*\n +pip install 'skipway\[plot\]'$", shown, re.MULTILINE)
 
 

@@ -18,6 +18,7 @@ from skipway.data import UnreadableImage, load
 from skipway.data.augment import DRAWS, Augmentation, crop_and_flip, random_box
 from skipway.data.batches import AugmentationDraws
 from skipway.data.decode import DecodeSpec
+from skipway.data.digits import digits, read_table
 from skipway.data.image_dataset import FileDataset, MemoryDataset
 from skipway.data.inspection import DecodeTask
 from skipway.data.loader import statistics
@@ -272,8 +273,18 @@ def test_the_digits_in_another_shape():
         load(crop="resized")
 
 
-def test_without_scikit_learn_there_is_a_line_to_type(monkeypatch):
+def test_the_digits_are_read_without_their_package_or_else_by_it(monkeypatch):
+    """To import it takes longer than to read them."""
+    by_package = read_table.__wrapped__(Path("gone"))
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    read_table.cache_clear()
+    images, names = digits()
+    assert torch.equal(images.flatten(1), by_package[:, :-1].mul(255 / 16).round().to(torch.uint8))
+    assert [int(name[0]) for name in names] == by_package[:, -1].tolist()
+
+
+def test_without_scikit_learn_there_is_a_line_to_type(monkeypatch):
+    monkeypatch.setattr(sys.modules["skipway.data.digits"], "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"pip install 'skipway\[digits\]'"):
         load()
 

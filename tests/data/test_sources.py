@@ -528,7 +528,7 @@ def test_a_folder_around_a_whole_shard_is_no_class(tmp_path, kind):
     counts = {split: [len(files) for files in part.values()] for split, part in by_split(found).items()}
     assert counts == {split: [3 * shards] * 2 for split, shards in splits.items()}
     assert not found.unused
-    said = any("each of the numbered shards is one folder" in remark for remark in found.remarks)
+    said = any("each numbered shard is one folder of its name" in remark for remark in found.remarks)
     assert said == kind.startswith("numbered")
 
 

@@ -56,7 +56,7 @@ def test_remedies_and_treatments_name_many_modules_by_a_pattern(diagnosis):
 
 @pytest.mark.parametrize("example", [None, torch.zeros(1, 3, 32, 32)], ids=["typed", "traced"])
 def test_a_chain_prints_its_ends(example):
-    model = sw.build("resnet-cifar", depth=302, width=4)
+    model = sw.build("resnet-cifar", depth=62, width=4)
     chain = sw.chain(model) if example is None else sw.chain(model, example)
     lines = str(chain).splitlines()
     assert len(lines) == 1 + 8 + 1 + 3
@@ -66,7 +66,7 @@ def test_a_chain_prints_its_ends(example):
 
 
 def test_remedies_of_several_findings_are_told_once():
-    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(60)), nn.Linear(8, 3))
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(24)), nn.Linear(8, 3))
     diagnosis = diagnose(model, torch.randn(32, 8), targets=torch.arange(32) % 3)
     several = [finding for finding in diagnosis.findings if len(finding.remedies) > 1]
     assert len({finding.remedies for finding in several}) < len(several)

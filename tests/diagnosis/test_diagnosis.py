@@ -345,12 +345,12 @@ def learnable(count: int = 64) -> tuple[Tensor, Tensor]:
 
 def test_plain_depth_is_blamed_and_mended():
     torch.manual_seed(0)
-    model = sw.build("resnet", depth=56, scheme="plain", classes=4, width=4, stem_width=4, channels=1)
+    model = sw.build("resnet", depth=20, scheme="plain", classes=4, width=4, stem_width=4, channels=1)
     diagnosis = diagnosed(model, learnable(), lr=0.1, allowance=0)
     found = next(finding for finding in diagnosis.findings if finding.rule == "no-skips")
     assert found.remedies[0] == Rescheme("identity")
     treatment = diagnosis.fix(Rescheme("identity"))
-    assert len(treatment.after.chain) == 27
+    assert len(treatment.after.chain) == 9
     assert "no-skips" not in rules(treatment.after)
     assert re.search(rf"^verdict +{diagnosis.verdict} +{treatment.after.verdict}$", str(treatment), re.MULTILINE)
 
@@ -408,11 +408,12 @@ def test_two_zeros_are_blamed_and_one_is_not():
 
 def test_post_norm_has_a_switch_in_torchs_own_layers():
     torch.manual_seed(0)
-    model = ForeignTransformer(8, norm_first=False)
+    model = ForeignTransformer(6, norm_first=False)
     batch = {"tokens": torch.randn(32, 5, 16)}, torch.randint(4, (32,))
-    found = next(f for f in diagnosed(model, batch, optimizer="adamw").findings if f.rule == "post-norm")
+    diagnosis = diagnosed(model, batch, optimizer="adamw")
+    found = next(f for f in diagnosis.findings if f.rule == "post-norm")
     assert found.remedies[0] == NormFirst()
-    after = diagnosed(model, batch, optimizer="adamw").fix(NormFirst()).after
+    after = diagnosis.fix(NormFirst()).after
     assert {c.seen.norms for c in after.chain} == {("pre",)}
 
 
@@ -420,7 +421,7 @@ def test_post_norm_has_a_switch_in_torchs_own_layers():
 def test_post_norm_with_a_strong_skip_is_not_blamed(scheme, found):
     """Keel's skip, α = L, passes e^(-v / 2L) of the gradient."""
     model = sw.build("vit-tiny-16", depth=6, dim=16, heads=2, patch=8, image=16, classes=4, scheme=scheme)
-    diagnosis = sw.diagnose(model, torch.randn(16, 3, 16, 16), optimizer="adamw")
+    diagnosis = sw.diagnose(model, torch.randn(16, 3, 16, 16), optimizer="adamw", remedies=0)
     assert ("post-norm" in {finding.rule for finding in diagnosis.findings}) == found
 
 
@@ -531,29 +532,31 @@ def test_jacobians_need_no_real_inputs():
 
 
 DEEP = """
+import threading
 import torch
 from torch import nn
 from skipway.diagnosis.passes import jacobians
 from skipway.diagnosis.subject import Subject
 from skipway.studies.chains import block_chain
 
-subject = Subject(nn.Sequential(*block_chain("skipinit", 800, width=4)), torch.randn(8, 4), torch.zeros(8, dtype=int))
-subject.probed()
-jacobians(subject)
-print("done")
+subject = Subject(nn.Sequential(*block_chain("skipinit", 400, width=4)), torch.randn(8, 4), torch.zeros(8, dtype=int))
+subject.chain
+
+def measure():
+    subject.probed()
+    jacobians(subject)
+    print("done")
+
+threading.stack_size(152 * 1024)
+thread = threading.Thread(target=measure)
+thread.start()
+thread.join()
 """
 
 
 def test_graphs_of_deep_networks_are_taken_apart_piece_by_piece():
-    """With a small stack 800 branches are as 20,000: a graph with hooks that was dropped as a whole overflowed it."""
-    resource = pytest.importorskip("resource")
-    stack = 300 * 1024
-    done = subprocess.run(
-        [sys.executable, "-c", DEEP],
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_STACK, (stack, stack)),
-    )
+    """With a small stack 400 branches are as 20,000: a graph with hooks that was dropped as a whole overflowed it."""
+    done = subprocess.run([sys.executable, "-c", DEEP], capture_output=True, text=True)
     assert done.stdout == "done\n", done.stderr
 
 

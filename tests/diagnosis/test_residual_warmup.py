@@ -19,8 +19,8 @@ def small(scheme: str) -> nn.Module:
     return sw.build("resnet-cifar", depth=8, width=4, stem_width=4, classes=3, scheme=scheme)
 
 
-def diagnosed(model: nn.Module, steps: int = 1000) -> sw.Diagnosis:
-    return sw.diagnose(model, IMAGES, targets=LABELS, optimizer="adamw", steps=steps, remedies=0)
+def diagnosed(model: nn.Module, steps: int = 1000, **options) -> sw.Diagnosis:
+    return sw.diagnose(model, IMAGES, targets=LABELS, optimizer="adamw", steps=steps, remedies=0, **options)
 
 
 @pytest.mark.parametrize("scheme", ["prores", "prores(0.5)", "prores(2000, 'stagewise-0')", "prores + rezero"])
@@ -48,7 +48,7 @@ def test_the_network_is_judged_with_the_factors_of_the_plan():
     for steps in (1000, 100_000):
         torch.manual_seed(0)
         model = small("prores")
-        diagnosis = diagnosed(model, steps)
+        diagnosis = diagnosed(model, steps, allowance=0)
         sizes[steps] = [signal.branch for signal in diagnosis.measurement.connections]
         (told,) = (finding for finding in diagnosis.findings if finding.rule == "residual-warmup")
         assert ("a share of the training, prores(0.25)" in told.what) == (steps == 1000)

@@ -11,7 +11,9 @@ from types import ModuleType
 import pytest
 
 from skipway.cli.app import app
+from skipway.diagnosis import outlook
 from skipway.install_lines import library_line
+from skipway.schemes.scheme import all_schemes, parse_scheme
 from skipway.zoo import import_library
 
 ROOT = Path(__file__).parents[2]
@@ -84,7 +86,10 @@ def test_command_lines_are_understood(page):
 
 @pytest.mark.parametrize("page", [page for page in RUN if PYTHON.search(read(page))])
 def test_python_runs(page, tmp_path, monkeypatch):
-    """All blocks of a page in one namespace, but those marked with `<!-- not run: reason -->`."""
+    """All blocks of a page in one namespace, but those marked with `<!-- not run: reason -->`. A diagnosis ends its
+    trial steps at the first checkpoint, as no page rests on what it finds.
+    """
+    monkeypatch.setattr(outlook, "CHECKPOINTS", outlook.CHECKPOINTS[:1])
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "__main__"}
     for number, (mark, block) in enumerate(PYTHON.findall(read(page)), 1):
@@ -94,6 +99,30 @@ def test_python_runs(page, tmp_path, monkeypatch):
             import_library(library)  # beside a torchvision of another build, too
         if not mark:
             exec(compile(block, f"{page}, block {number}", "exec"), namespace)
+
+
+QUOTED = re.compile(r"""(scheme=)?(["'])([a-z0-9]+(?:\([^(){}\n]*\))?(?: \+ [a-z0-9]+(?:\([^(){}\n]*\))?)*)\2""")
+
+
+def scheme_specs(text: str) -> list[str]:
+    """What is given as a scheme, and other strings that begin with a scheme's name."""
+    return [spec for given, _, spec in QUOTED.findall(text) if given or re.split(r"\W", spec)[0] in all_schemes()]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in HISTORY])
+def test_schemes_are_constructed(page):
+    """Every spec string in a text, in tables too, is one that the code takes."""
+    for spec in scheme_specs(read(page)):
+        parse_scheme(spec)
+
+
+def test_scheme_specs_are_found():
+    assert scheme_specs(read("docs/coming-from.md")) == [
+        "stochasticdepth(0.1)",
+        "layerscale + stochasticdepth",
+        "layerscale",
+        "hyperconnections(2)",
+    ]
 
 
 def test_readme_is_short():

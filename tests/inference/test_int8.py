@@ -16,11 +16,12 @@ from torch import nn
 import skipway as sw
 from skipway.cli import main
 from skipway.errors import MissingExtraError, SkipwayError
-from skipway.inference import optimized_model
+from skipway.inference import int8_file, optimized_model
 from skipway.inference.answer_check import AnswerChange, AnswerCheck, paired_interval
 from skipway.inference.backend_search import BackendSearch
 from skipway.inference.backend_selection import BackendComparison, BackendResult
 from skipway.inference.backends import BACKENDS, Choice, send_no_statistics
+from skipway.inference.int8_file import write_int8
 from skipway.inference.optimized_model import optimize
 from skipway.inference.quantization import convert_any_batch
 from skipway.inference.quantized_model import explain_precision, quantize
@@ -138,16 +139,25 @@ def test_a_file_says_what_was_found_elsewhere(quantized, tmp_path, monkeypatch):
 
 
 @needs_nncf
-def test_weights_of_8_bits_are_not_loaded_where_their_sums_overflow(quantized, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["avx2"], "products overflow on this one, an x86 without VNNI; optimize"),
+        ([], "products overflow on an x86 without VNNI, which this one may be: only Linux says"),
+    ],
+    ids=["without", "not known"],
+)
+def test_weights_of_8_bits_are_not_loaded_where_their_sums_overflow(quantized, tmp_path, monkeypatch, flags, message):
     _, fast = quantized
     monkeypatch.setattr(optimized_model, "saturates", lambda: True)
+    monkeypatch.setattr(optimized_model, "cpu_flags", lambda: flags)
     for fits in (False, True):
         monkeypatch.setattr(fast, "quantized", replace(fast.quantized, fits_any=fits))
         path = fast.save(tmp_path / "fast.pt")
         if fits:
             assert sw.load_optimized(path).precision == "int8"
         else:
-            with pytest.raises(SkipwayError, match="products overflow on this one, an x86 without VNNI; optimize"):
+            with pytest.raises(SkipwayError, match=message):
                 sw.load_optimized(path)
 
 
@@ -428,11 +438,27 @@ def test_a_run_is_written_for_openvino(run, tmp_path, capsys, monkeypatch):
     import openvino
 
     monkeypatch.setattr(BackendSearch, "climb", lambda self, whole: None)  # no pieces, for time
+    compiled, calls, lost = int8_file.compile_openvino, [], []
 
+    def compile_with_a_fault(network, *given):
+        """One answer of the first held-out batch is wrong in the file alone; it comes third, after the example."""
+        run_file = compiled(network, *given)
+
+        def run_once(x):
+            calls.append(x)
+            outputs = run_file(x)
+            if len(calls) == 3:
+                lost.append(int((outputs.argmax(1) == labels[: len(x)]).nonzero()[0]))
+                outputs[lost[0]] *= -1
+            return outputs
+
+        return run_once
+
+    monkeypatch.setattr(int8_file, "compile_openvino", compile_with_a_fault)
+    images, labels = RunImages(run).held_out()
     file = tmp_path / "model.xml"
     assert main(["export", str(run), "--int8", str(file), "--limit", "0.02"]) == 0
     shown = capsys.readouterr()
-    images, labels = RunImages(run).held_out()
     assert f"of {len(images)} held-out images" in shown.out
     assert "cannot exclude a fall of more than 2.00 points" in shown.err
     network = openvino.Core().read_model(file)
@@ -447,6 +473,16 @@ def test_a_run_is_written_for_openvino(run, tmp_path, capsys, monkeypatch):
     for count in (1, 3, len(images)):  # batches of any size
         answers = openvino.compile_model(network, "CPU", hint)([images[:count].numpy()])[0].argmax(1)
     assert (torch.from_numpy(answers) == labels).float().mean() >= expected - 0.02
+    right = int((torch.from_numpy(answers) == labels).sum()) - len(lost)
+    assert f"→ {100 * right / len(images):.2f} % of" in shown.out
+
+
+def test_weights_of_something_else_are_not_overwritten(tmp_path):
+    other = tmp_path / "model.bin"
+    other.write_bytes(b"mine")
+    with pytest.raises(SkipwayError, match=r"model\.bin is there without model\.xml, and would be overwritten"):
+        write_int8(tmp_path / "run", tmp_path / "model.xml")
+    assert other.read_bytes() == b"mine"
 
 
 @needs_nncf

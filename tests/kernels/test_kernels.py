@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
+from itertools import product
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from skipway.errors import SkipwayError
 from skipway.kernels import autotune, dense_conv, dispatch, onednn
 from skipway.kernels.autotune import KERNELS, Implementation, Kernel
 from skipway.kernels.dispatch import KernelMode, PackedKernelMode, bfloat16_kernels
+from skipway.surgery.acceleration import accelerate
 
 D = torch.float64
 
@@ -566,15 +568,16 @@ def compared(function, *inputs):
 
 
 # tails of tiles, 4 × 7 pixels, and of channels, 64 or 32; every tap of a program is some hundred steps here
-for count, channels, height, width, side in ((1, 40, 5, 7, 7), (2, 33, 5, 8, 3), (1, 16, 6, 5, 5)):
+for count, channels, height, width, side in ((1, 16, 5, 7, 7), (2, 33, 5, 8, 3)):
     x = torch.randn(count, channels, height, width).contiguous(**last)
     assert triton_launch.supports_depthwise(x, torch.ones(channels, 1, side, side), None)
     compared(kernels.depthwise, x, torch.randn(channels, 1, side, side), torch.randn(channels))
-cases = (14, 21, 2, 16, 7, 3, 3), (7, 7, 3, 32, 7, 0, 0), (8, 4, 2, 16, 4, 2, 0)
+cases = (14, 21, 1, 16, 7, 3, 3), (7, 7, 3, 32, 7, 0, 0), (8, 4, 2, 16, 4, 2, 0)
 for height, width, heads, d, side, down, across in cases:
     qkv, position = torch.randn(2, height, width, 3 * heads * d), torch.randn(heads, side**2, side**2)
     assert triton_launch.supports_windows(qkv, position, down, across)
     compared(lambda a, b: kernels.windowed_attention(a, b, down, across), qkv, position)
+torch.manual_seed(1)  # as above
 cases = ((3, 5, 7, 9), (5, 1, 1)), ((2, 300, 7), (7,)), ((2, 30, 300), ())
 for shape, size in cases:
     gain = torch.randn(size)
@@ -645,3 +648,65 @@ def test_packed_weights_are_taken_only_where_they_exist_and_are_quicker(dtype):
     assert len(measured) == len(taken.packed)
     assert dtype != torch.float64 or not measured
     assert all({*choice.seconds, *choice.refused} == {"reference", "packed"} for choice in measured)
+
+
+@pytest.mark.parametrize("last", [(False, False), (False, True), (True, False), (True, True)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_maps_lie_in_memory_as_those_of_torch(last, dtype):
+    """Those of one channel or pixel, and 1 × 1 filters, are contiguous in both layouts: their strides decide."""
+    of_x, of_weight = (torch.channels_last if each else torch.contiguous_format for each in last)
+    for channels, out, (size, side) in product((1, 3), (1, 4), ((1, 1), (4, 1), (4, 2))):
+        x = torch.randn(2, channels, size, size, dtype=dtype).to(memory_format=of_x)
+        weight = torch.randn(out, channels, side, side, dtype=dtype).to(memory_format=of_weight)
+        taps = torch.randn(channels, 1, 3, 3, dtype=dtype).to(memory_format=of_weight)
+        expected = nn.functional.conv2d(x, weight, stride=side)
+        assert dispatch.multiply_patches(x, weight, None).stride() == expected.stride()
+        for name in ("reference", "product", "other layout"):
+            with kernels.only(name):
+                assert kernels.convolve_patches(x, weight).stride() == expected.stride(), (x.shape, weight.shape)
+                assert kernels.convolve(x, weight, stride=side).stride() == expected.stride()
+                found = kernels.depthwise(x, taps)
+            assert found.stride() == nn.functional.conv2d(x, taps, padding=1, groups=channels).stride(), x.shape
+
+
+def test_an_accelerated_network_of_one_channel_can_flatten_by_view(monkeypatch):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.point, self.embed, self.head = nn.Conv2d(2, 1, 1), nn.Conv2d(1, 6, 7, 7), nn.Linear(24, 3)
+
+        def forward(self, x):
+            return self.head(self.embed(self.point(x)).view(len(x), -1))
+
+    monkeypatch.setattr(dispatch, "LARGE", 0)
+    model, x = Net(), torch.randn(2, 2, 14, 14)
+    expected = model(x)
+    accelerate(model)
+    for name in ("reference", "product"):
+        with kernels.only(name):
+            torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("name", ["reference", "blocks", "onednn"])
+@pytest.mark.parametrize(
+    ("q", "options"),
+    [
+        (torch.randn(2, 4, 6, 8), {}),
+        (torch.randn(2, 6, 4, 8).transpose(1, 2), {}),
+        (torch.randn(2, 6, 3, 4, 8).permute(2, 0, 3, 1, 4)[0], {"is_causal": True}),
+        (torch.randn(6, 2, 4, 8).permute(1, 2, 0, 3), {"attn_mask": torch.randn(1, 4, 6, 6)}),
+        (torch.randn(2, 6, 4, 8).transpose(1, 2), {"attn_mask": torch.randn(1, 4, 6, 6, requires_grad=True)}),
+        (torch.randn(2, 8, 4, 6).permute(0, 2, 3, 1), {}),
+        (torch.randn(6, 4, 8).transpose(0, 1).expand(2, 4, 6, 8), {}),
+    ],
+    ids=["contiguous", "tokens first", "causal slice", "sequence first", "learned mask", "strided", "expanded"],
+)
+def test_attention_lies_in_memory_as_that_of_torch(q, options, name, monkeypatch):
+    """As q, with heads side by side in most networks, which then view them as channels without a copy."""
+    monkeypatch.setattr(dispatch, "LARGE_ATTENTION", 0)
+    for v in (q, q[..., :5]):
+        expected = nn.functional.scaled_dot_product_attention(q, q, v, **options)
+        with KernelMode(), kernels.only(name):
+            found = nn.functional.scaled_dot_product_attention(q, q, v, **options)
+        assert found.stride() == expected.stride()
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)

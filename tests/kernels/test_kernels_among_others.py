@@ -48,6 +48,51 @@ def test_kernels_may_be_measured_within_an_activation_checkpoint():
     assert_close(x.grad, found, rtol=1e-3, atol=1e-4)
 
 
+class CheckpointsFunction(Attend):
+    """It recomputes attention and no module."""
+
+    def forward(self, x):
+        q, k, v = self.map(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+        return checkpoint(F.scaled_dot_product_attention, q, k, v, use_reentrant=False).transpose(1, 2).flatten(2)
+
+
+class CheckpointsModule(nn.Module):
+    """It recomputes a module."""
+
+    def __init__(self, within):
+        super().__init__()
+        self.within, self.head = within, nn.Linear(32, 32)
+
+    def forward(self, x):
+        return self.head(checkpoint(self.within, x, use_reentrant=False))
+
+
+@pytest.mark.parametrize(
+    ("make", "routed"),
+    [
+        (CheckpointsFunction, 0),
+        (lambda: CheckpointsModule(Attend()), 2),
+        (lambda: CheckpointsModule(CheckpointsFunction()), 0),
+    ],
+    ids=["function", "module", "both"],
+)
+def test_what_a_checkpoint_repeats_takes_the_route_that_it_took(make, routed, monkeypatch):
+    """Behind the forward pass no module of the network is there for a function that is recomputed by itself."""
+    seen, route = [], dispatch.route_attention
+    spied = {F.scaled_dot_product_attention: lambda *given, **named: seen.append(1) or route(*given, **named)}
+    monkeypatch.setattr(dispatch, "ROUTES", {**dispatch.ROUTES, **spied})
+    model, x = make(), torch.randn(9, 64, 32)
+    model(x).square().sum().backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    sw.accelerate(model)
+    with kernels.only("blocks"):
+        model(x).square().sum().backward()
+    assert len(seen) == routed
+    for name, parameter in model.named_parameters():
+        assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-3)
+
+
 def test_a_reference_that_fails_says_so():
     def fail(x):
         raise RuntimeError("out of memory")

@@ -81,12 +81,18 @@ def test_the_network_equals_the_classic_network(name, block, layers):
     theirs = randomised(ClassicResNet(block, layers, classes=7)).double().eval()
     model = sw.build(name, classes=7, dtype=torch.float64).eval()
     sw.load(model, theirs.state_dict(), names="torchvision")
-    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    x = torch.randn(2, 3, 33, 33, dtype=torch.float64)
     torch.testing.assert_close(model(x), theirs(x), rtol=1e-9, atol=1e-9)
     assert set(sw.weights.export_names(model, "torchvision")) == set(theirs.state_dict())
 
 
-SMALL = {"fracconnections": "fracconnections(2)"}  # of two channels
+SMALL = {
+    "fracconnections": "fracconnections(2)",  # of two channels
+    "gatedstreams": "gatedstreams(2)",
+    "hyperconnections": "hyperconnections(2)",
+    "mhc": "mhc(n=2, iterations=3)",
+}
+"""Schemes of several streams with the fewest that differ; gradients of iterations are those of each of them."""
 
 
 @pytest.mark.parametrize("scheme", [SMALL.get(name, name) for name in all_schemes("conv")])

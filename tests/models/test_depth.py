@@ -1,4 +1,4 @@
-"""Depth itself: 300 branches with every scheme, and ten thousand."""
+"""Depth itself: 150 branches with every scheme, and ten thousand."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ def step(model: nn.Module, images: torch.Tensor) -> float:
     loss = nn.functional.cross_entropy(model(images), torch.arange(len(images)) % 2)
     loss.backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    largest = max(torch._foreach_norm(gradients, ord=float("inf"))).item()
+    largest = torch.stack(torch._foreach_norm(gradients, ord=float("inf"))).max().item()
     optimizer.step()
     assert torch.isfinite(loss)
     return largest
 
 
 @pytest.mark.parametrize("scheme", [*all_schemes("conv"), "skipinit(init=0.0, norm='remove')"])
-def test_half_of_resnet1202_takes_a_step(scheme):
-    """Finite loss, logits and gradients at 600 branches, which is seen at 300: what grows by a factor a branch and is
-    2⁶⁴ or 2⁻⁷⁴ there leaves the range of float32, 2¹²⁸ to 2⁻¹⁴⁹, at 600. The plain net, whose gradient must explode by
+def test_a_quarter_of_resnet1202_takes_a_step(scheme):
+    """Finite loss, logits and gradients at 600 branches, which is seen at 150: what grows by a factor a branch and is
+    2³² or 2⁻³⁷ there leaves the range of float32, 2¹²⁸ to 2⁻¹⁴⁹, at 600. The plain net, whose gradient must explode by
     (π/(π-1)) a layer (see `Plain`), is only asked for a finite output.
     """
-    model = sw.build("resnet-cifar", depth=602, scheme=scheme, classes=2, width=4, stem_width=4)
+    model = sw.build("resnet-cifar", depth=302, scheme=scheme, classes=2, width=4, stem_width=4)
     images = torch.randn(2, 3, 8, 8)
     if scheme == "plain":
-        assert model(images).abs().max() < 2.0**64
+        assert model(images).abs().max() < 2.0**32
     else:
-        assert 2.0**-74 < step(model, images) < 2.0**64
+        assert 2.0**-37 < step(model, images) < 2.0**32
         assert all(torch.isfinite(p).all() for p in model.parameters())
 
 

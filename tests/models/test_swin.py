@@ -322,10 +322,11 @@ def test_bfloat16_and_autocast(version):
     torch.testing.assert_close(out.float(), full(x), rtol=0.1, atol=0.05)
 
 
-@pytest.mark.parametrize(("version", "size"), [("v1", (36, 52)), ("v2", (32, 32))])
-def test_compiles_without_graph_break_and_exports(version, size):
+@pytest.mark.parametrize(("version", "blocks", "size"), [("v1", (2,), (36, 52)), ("v2", (1, 1), (32, 32))])
+def test_compiles_without_graph_break_and_exports(version, blocks, size):
+    """Windows and padding are those of both versions; shifts are tried in the first, merging in the second one."""
     torch.compiler.reset()
-    model = randomise_(small(version, blocks=(2, 1)))
+    model = randomise_(small(version, blocks=blocks))
     x = torch.randn(2, 3, *size)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)

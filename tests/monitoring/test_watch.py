@@ -48,13 +48,13 @@ class Encoder(nn.Module):
 class OwnLoss(nn.Module):
     """Returns its loss and its logits, as transformers' models do."""
 
-    def __init__(self) -> None:
+    def __init__(self, reduction: str = "mean") -> None:
         super().__init__()
-        self.net = Encoder(0.0)
+        self.net, self.reduction = Encoder(0.0), reduction
 
     def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.net(x)
-        return F.cross_entropy(logits, labels), logits
+        return F.cross_entropy(logits, labels, reduction=self.reduction), logits
 
 
 def resnet() -> nn.Module:
@@ -169,11 +169,11 @@ def test_a_sample_is_what_the_training_did(own):
         assert math.isnan(watch.losses[0]), "nobody told it"
 
 
-@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("own", ["", "mean", "sum"])
 def test_of_a_large_batch_the_first_samples_are_read(own):
-    """The gradient is that of the loss over the whole batch, at 32 samples of it."""
+    """The gradient is that of the loss over the whole batch, at 32 samples of it, whether it is a mean or a sum."""
     torch.manual_seed(0)
-    model: nn.Module = OwnLoss() if own else Encoder(0.0)
+    model: nn.Module = OwnLoss(own) if own else Encoder(0.0)
     x, labels = batch(0, Encoder, 64)
     taken: list[Tensor] = []
     block = (model.net if own else model).blocks[1]
@@ -247,6 +247,11 @@ def test_labels_are_read_from_the_gradient():
     assert watch.best_constant() == pytest.approx(entropy + 1 / 64)
     watch = watched_step(model, lambda: model(x).square().mean())
     assert math.isnan(watch.best_constant()), "another loss"
+    rare = torch.tensor([0.01, 1.0, 1.0, 1.0])
+    watch = watched_step(model, lambda: F.cross_entropy(model(x), labels, weight=rare))
+    assert watch.best_constant() == pytest.approx(entropy + 1 / 64), "a weighted mean is one"
+    watch = watched_step(model, lambda: F.cross_entropy(model(x), labels, reduction="sum"))
+    assert math.isnan(watch.best_constant()), "a sum, with which the entropy of a label cannot be compared"
 
 
 def test_a_value_that_is_not_finite_is_named_before_the_weights_change():
@@ -453,7 +458,8 @@ from torch.distributed.fsdp import fully_shard
 import skipway as sw
 
 torch.set_num_threads(1)
-place, rank = Path(sys.argv[1]), int(sys.argv[2])
+child = os.fork()  # so that torch is imported once
+place, rank = Path(sys.argv[1]), int(child == 0)
 dist.init_process_group("gloo", init_method=f"file://{place}/meeting", rank=rank, world_size=2)
 
 def train(sharded, watched):
@@ -488,18 +494,18 @@ for sharded in (False, True):
     found.append(list(watch.norms))
 assert torch.allclose(torch.tensor(found[0]), torch.tensor(found[1]), rtol=1e-4), found  # the norm over all shards
 dist.barrier()
-os._exit(0)  # threads of gloo now and then abort while the interpreter goes down
+ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) if child else 0
+os._exit(ended)  # threads of gloo now and then abort while the interpreter goes down
 """
 
 
 def test_several_processes_neither_hang_nor_change(tmp_path):
-    """DDP and FSDP2 on two processes; 6 s, since torch is imported twice."""
+    """DDP and FSDP2 on two processes."""
     script = tmp_path / "worker.py"
     script.write_text(textwrap.dedent(WORKER))
     command = [sys.executable, str(script), str(tmp_path)]
-    workers = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in range(2)]
-    errors = [worker.communicate(timeout=300)[1] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], errors
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 def plain_network() -> nn.Module:
@@ -600,6 +606,65 @@ def test_a_step_that_the_scaler_skips_is_not_judged():
     assert all(map(math.isfinite, watch.norms[1:]))
     assert [each["step"] for each in watch.samples][:1] == [2]
     assert not [each for each in seen if "finite" in each.rule or each.rule == "small update"]
+
+
+class Wrapper:
+    """An optimizer that steps with a scaler, as Accelerate's does."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, scaler: Any) -> None:
+        self.optimizer, self.scaler = optimizer, scaler
+
+    def step(self) -> None:
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+
+@pytest.mark.parametrize("told", ["before the step", "after the step"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_losses_of_a_step_that_the_scaler_leaves_out_do_not_count(told, wrapped):
+    """Two of five steps overflow; what is told of them is the loss of no step, and the scaler is left as it was."""
+    model = Encoder(0.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    wrapper = Wrapper(optimizer, scaler)
+    choices = {} if wrapped else {"scaler": scaler}
+    with sw.monitor(
+        model, wrapper if wrapped else optimizer, every=1, budget=None, on_warning=print, **choices
+    ) as watch:
+        for number in range(5):
+            x, labels = batch(number, Encoder)
+            optimizer.zero_grad()
+            scaler.scale(F.cross_entropy(model(x), labels) * (math.inf if number in (0, 3) else 1.0)).backward()
+            if told == "before the step":
+                watch.log(loss=number)
+            wrapper.step()
+            if told == "after the step":
+                watch.log(loss=number)
+    assert list(watch.losses) == [1, 2, 4]
+    assert "step" not in vars(scaler)
+    with sw.monitor(model, optimizer, on_warning=print) as plain:
+        F.cross_entropy(model(x), labels).backward()
+        optimizer.step()
+    largest = [max(row["gradient"] for row in each.samples[-1]["rows"].values()) for each in (watch, plain)]
+    assert largest[0] == pytest.approx(largest[1], rel=1e-4), "the scale is divided out"
+
+
+def test_a_step_that_one_of_two_optimizers_takes_counts():
+    """The scaler leaves out one of them, at whose weights the gradient is not finite; the step keeps its loss."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    optimizers = [torch.optim.SGD(layer.parameters(), lr=0.0) for layer in model]
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with sw.monitor(model, optimizers, scaler=scaler, on_warning=lambda warning: None) as watch:
+        for number in range(4):
+            model.zero_grad()
+            scaler.scale(model(torch.randn(8, 4)).square().mean()).backward()
+            for layer in model if number == 2 else model[number : number + 1] if number < 2 else ():
+                layer.weight.grad.fill_(math.inf)
+            watch.log(loss=number)
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+            scaler.update()
+    assert list(watch.losses) == [0, 1, 3]
 
 
 def test_a_loss_that_is_told_after_the_step_replaces_the_models_own():
@@ -751,3 +816,26 @@ def test_updates_of_complex_weights_count_both_parts():
     sample = WeightSample({"block": [weight]})
     weight.data.add_(1j)
     assert sample.relative_updates()["block"] == pytest.approx(0.2)
+
+
+def test_a_pass_that_writes_into_a_parameter_is_remarked_on_once():
+    class Counting(nn.Linear):
+        def forward(self, x):
+            self.weight.data.copy_(self.weight)
+            with torch.no_grad():
+                self.bias.mul_(0.99)
+            return super().forward(x)
+
+    net = nn.Sequential(nn.Linear(4, 4), Counting(4, 2))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    with sw.monitor(net, optimizer, every=1, budget=None) as watch:
+        for _ in range(3):
+            loss = net(torch.ones(8, 4)).square().sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            watch.log(loss=loss)
+    assert [each for each in watch.remarks if "into the parameter 1.bias" in each] == [
+        each for each in watch.remarks if "into the parameter" in each
+    ]
+    assert sum("into the parameter" in each for each in watch.remarks) == 1

@@ -141,6 +141,65 @@ def test_kernels_are_depthwise_by_their_groups():
     assert names(model, "classifier") == {"4.weight"}
 
 
+@pytest.mark.parametrize(
+    ("resample", "classifier"),
+    [
+        (nn.Upsample(scale_factor=2, mode="bilinear"), "2.weight"),
+        (nn.Upsample(scale_factor=2), "2.weight"),
+        (nn.ConvTranspose2d(5, 5, 2, 2), "3.weight"),
+    ],
+    ids=["bilinear", "nearest", "learned"],
+)
+def test_scores_of_pixels_may_be_resampled(resample, classifier):
+    """As in FCN: a 1 × 1 convolution makes them; a transposed convolution behind it has weights, and is a map, too."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 5, 1), resample)
+    images = torch.zeros(2, 3, 4, 4)
+    assert names(model, "classifier", images) == {classifier}
+    kernels = {name for name in model.state_dict() if name.endswith("weight")}
+    assert names(model, "matrices", images) == kernels - {classifier}
+
+
+class Experts(nn.Module):
+    """Two maps in one parameter, (E, in, out), and the mean of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stacked, self.head = nn.Parameter(torch.randn(2, 8, 8)), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head((x @ self.stacked).mean(0).relu())
+
+
+def test_experts_are_no_matrix():
+    """Of (E, in · out) Muon would make the experts orthogonal to each other, and nothing of each of them."""
+    model, x = nn.Sequential(nn.Linear(4, 8), Experts()), torch.zeros(5, 4)
+    assert names(model, "matrices", x) == {"0.weight"}
+    assert names(model, "classifier", x) == {"1.head.weight"}
+    groups = sw.param_groups(model, x, lr=1.0, weight_decay=0.5)
+    (decayed,) = [group for group in groups if any(each is model[1].stacked for each in group["params"])]
+    assert decayed["weight_decay"] == 0.5
+
+
+def test_muons_step_is_moonlights():
+    """Liu et al. 2025, arXiv 2502.16982: w moves by lr (0.2 √max(out, in) O + λ w). The singular values of O are 1 as
+    far as Newton-Schulz gets, which leaves 0.7 to 1.2, so the root mean square of the first part is about 0.2.
+    """
+    pytest.importorskip("pytorch_optimizer")
+    torch.manual_seed(0)
+    spec, rate, decay = OPTIMIZERS["muon"](), 0.1, 0.5
+    model = nn.Sequential(nn.Linear(8, 32, bias=False), nn.Linear(32, 8, bias=False), nn.Linear(8, 3, bias=False))
+    optimizer = spec.build(sw.param_groups(model, lr=rate, weight_decay=decay, eps=spec.eps))
+    before = [layer.weight.detach().clone() for layer in model[:2]]
+    for layer in model:
+        layer.weight.grad = torch.randn_like(layer.weight)
+    optimizer.step()
+    for old, layer in zip(before, model[:2], strict=True):
+        update = (old - layer.weight.detach()) / rate - decay * old
+        sizes = torch.linalg.svdvals(update) / (0.2 * 32**0.5)
+        assert 0.6 < sizes.min() < sizes.max() < 1.3
+        assert 0.14 < update.square().mean().sqrt() < 0.26
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_muon_takes_all_matrices_but_the_classifiers(tied):
     pytest.importorskip("pytorch_optimizer")

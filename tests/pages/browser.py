@@ -142,7 +142,8 @@ class Browser:
         """A picture of all of the page as PNG, written to `path` if it is given."""
         height = min(15_000, self.run("Math.ceil(document.documentElement.scrollHeight)"))
         clip = {"x": 0, "y": 0, "width": self.run("innerWidth"), "height": height, "scale": 1}
-        shot = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)
+        form = {"format": "png", "optimizeForSpeed": True}  # fewer seconds, more bytes
+        shot = self.call("Page.captureScreenshot", **form, captureBeyondViewport=True, clip=clip)
         content = base64.b64decode(shot["data"])
         if path is not None:
             path.write_bytes(content)

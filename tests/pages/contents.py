@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -50,11 +50,17 @@ def text_run(folder: Path) -> Path:
     return train(recipe, folder / "run").folder.report
 
 
-def diagnosis(folder: Path, *, scheme: str, lr: float, fix: bool = False) -> Path:
-    """A network of nine connections, or the same before and after a remedy."""
+@lru_cache
+def diagnosed(scheme: str, lr: float) -> sw.diagnosis.Diagnosis:
+    """What is found in a network of nine connections."""
     torch.manual_seed(0)
     model = sw.build("resnet20", scheme=scheme, classes=4, width=4)
-    found = sw.diagnose(model, torch.randn(8, 3, 8, 8), targets=torch.randint(4, (8,)), optimizer="sgd", lr=lr)
+    return sw.diagnose(model, torch.randn(8, 3, 8, 8), targets=torch.randint(4, (8,)), optimizer="sgd", lr=lr)
+
+
+def diagnosis(folder: Path, *, scheme: str, lr: float, fix: bool = False) -> Path:
+    """A network of nine connections, or the same before and after a remedy."""
+    found = diagnosed(scheme, lr)
     shown = found.fix(LearningRate(0.003)) if fix else found
     return save(shown, folder / "report.html", command="skipway diagnose resnet20 --out report.html", name="resnet20")
 
@@ -63,7 +69,8 @@ def comparison(folder: Path) -> Path:
     """Two designs side by side."""
     torch.manual_seed(0)
     designs = {scheme: sw.build("resnet20", scheme=scheme, classes=4, width=4) for scheme in ("identity", "plain")}
-    found = sw.diagnose(designs, torch.randn(8, 3, 8, 8), targets=torch.randint(4, (8,)), optimizer="sgd", lr=0.1)
+    batch, targets = torch.randn(8, 3, 8, 8), torch.randint(4, (8,))
+    found = sw.diagnose(designs, batch, targets=targets, optimizer="sgd", lr=0.1, steps=100)
     return save(found, folder / "report.html", command="skipway diagnose identity plain --out report.html")
 
 

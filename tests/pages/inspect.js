@@ -26,19 +26,25 @@ globalThis.inspected = () => {
     const [low, high] = [light(a), light(b)].sort((first, second) => first - second);
     return (high + 0.05) / (low + 0.05);
   };
-  const lineage = (element) => element ? [element, ...lineage(element.parentElement)] : [];
-  const opacity = (element) => lineage(element).reduce((all, each) => all * getComputedStyle(each).opacity, 1);
-  const paper = (element) => lineage(element).reverse().reduce(
-    (below, each) => over(color(getComputedStyle(each).backgroundColor), below), [1, 1, 1, 1]);
+  // what is known of an element is asked for again by all that is in it
+  const once = (find, known = new Map()) => (element) => {
+    if (!known.has(element)) known.set(element, find(element));
+    return known.get(element);
+  };
+  const opacity = once((element) => element ? getComputedStyle(element).opacity * opacity(element.parentElement) : 1);
+  const paper = once((element) => element
+    ? over(color(getComputedStyle(element).backgroundColor), paper(element.parentElement)) : [1, 1, 1, 1]);
+  const areas = once((svg) => [...svg.querySelectorAll("rect")].flatMap((shape) => {
+    const style = getComputedStyle(shape), paint = fade(color(style.fill), style.fillOpacity * opacity(shape));
+    return style.fill === "none" ? [] : [{shape, box: shape.getBoundingClientRect(), paint}];
+  }));
   // what lies below a point of a drawing: the shapes before the element that are filled there
   const below = (element, x, y) => {
     const svg = element.ownerSVGElement;
     let found = paper(svg);
-    for (const shape of svg.querySelectorAll("rect")) {
-      if (!(shape.compareDocumentPosition(element) & Node.DOCUMENT_POSITION_FOLLOWING)) continue;
-      const box = shape.getBoundingClientRect(), style = getComputedStyle(shape);
-      if (x < box.left || x > box.right || y < box.top || y > box.bottom || style.fill === "none") continue;
-      found = over(fade(color(style.fill), style.fillOpacity * opacity(shape)), found);
+    for (const {shape, box, paint} of areas(svg)) {
+      if (x < box.left || x > box.right || y < box.top || y > box.bottom) continue;
+      if (shape.compareDocumentPosition(element) & Node.DOCUMENT_POSITION_FOLLOWING) found = over(paint, found);
     }
     return found;
   };
@@ -53,8 +59,9 @@ globalThis.inspected = () => {
   // a box that hides a part of its content says so: by a hint before it or by shadows at its edges; paper does not scroll
   const paperback = matchMedia("print").matches;
   for (const box of document.querySelectorAll("body *")) {
-    const style = getComputedStyle(box), hidden = box.scrollWidth - box.clientWidth;
-    if (hidden < 3 || box.clientWidth < 3 || !visible(box) || box.ownerSVGElement) continue;
+    const hidden = box.ownerSVGElement ? 0 : box.scrollWidth - box.clientWidth;
+    if (hidden < 3 || box.clientWidth < 3 || !visible(box)) continue;
+    const style = getComputedStyle(box);
     if (["auto", "scroll"].includes(style.overflowX)) {
       const hint = box.previousElementSibling?.matches(".hint:not([hidden])") || style.backgroundAttachment.includes("local");
       if (paperback) say(`${hidden} pixels are not printed`, box);
@@ -64,8 +71,8 @@ globalThis.inspected = () => {
     }
   }
   // a column so narrow that its text is a ribbon
+  const range = document.createRange();  // a single one: each that there is is looked at where rows are moved
   for (const cell of document.querySelectorAll("td")) {
-    const range = document.createRange();
     range.selectNodeContents(cell);
     const box = range.getBoundingClientRect(), lines = box.height / parseFloat(getComputedStyle(cell).lineHeight);
     if (visible(cell) && lines > 9 && box.width < 0.3 * innerWidth) say(`${Math.round(lines)} lines in a narrow column`, cell);
@@ -99,7 +106,7 @@ globalThis.inspected = () => {
     if (style.fill !== "none") say("a line that is filled", shape);
     if (!stroked) say("a line without a stroke", shape);
     const least = shape.classList.contains("faint") ? 1.4 : 3;
-    const measured = contrast(over(fade(stroke, opacity(shape)), paper(shape.ownerSVGElement)), paper(shape.ownerSVGElement));
+    const ground = paper(shape.ownerSVGElement), measured = contrast(over(fade(stroke, opacity(shape)), ground), ground);
     if (measured < least) say(`contrast ${measured.toFixed(2)} of a line`, shape);
   }
 
@@ -167,8 +174,13 @@ globalThis.curves = () => {
 
 // Where each series is drawn and nothing over it: position in the page and colour of its markers, to be compared with the picture.
 globalThis.painted = () => [...document.querySelectorAll("figure.chart > svg:has(.line) .marker[data-x]:not(.unseen, .edge)")]
-  .filter((marker, place, all) => marker.checkVisibility() && !all.slice(place + 1).some((other) => other.ownerSVGElement
-    === marker.ownerSVGElement && Math.hypot(other.dataset.x - marker.dataset.x, other.dataset.y - marker.dataset.y) < 7))
+  .filter((marker, place, all) => {
+    // the markers of a drawing follow each other
+    for (let next = place + 1; all[next]?.ownerSVGElement === marker.ownerSVGElement; next += 1) {
+      if (Math.hypot(all[next].dataset.x - marker.dataset.x, all[next].dataset.y - marker.dataset.y) < 7) return false;
+    }
+    return marker.checkVisibility();
+  })
   .map((marker) => {
     const box = marker.getBoundingClientRect();
     const fill = getComputedStyle(marker).fill.match(/[\d.]+/g).slice(0, 3).map(Number);
@@ -209,7 +221,7 @@ globalThis.outline = () => {
   }
   for (const element of document.querySelectorAll("button, a[href], summary, [tabindex='0']")) {
     if (!element.checkVisibility()) continue;
-    element.focus();
+    element.focus({preventScroll: true});
     const style = getComputedStyle(element), ring = style.outlineStyle !== "none" && parseFloat(style.outlineWidth) >= 1;
     if (document.activeElement !== element) say("the keyboard does not get there", element);
     else if (!ring && style.boxShadow === "none") say("focus is not shown", element);

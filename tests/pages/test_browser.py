@@ -34,10 +34,13 @@ def browser(tmp_path_factory):
 
 def unpainted(browser: Browser) -> list[str]:
     """Curves whose colour is not in the picture at most of their markers."""
-    pixels = np.asarray(Image.open(io.BytesIO(browser.screenshot())).convert("RGB")).astype(int)
+    markers = browser.run("painted()")
+    if not markers:
+        return []
+    pixels = np.asarray(Image.open(io.BytesIO(browser.screenshot())).convert("RGB"))
     hits: dict[str, list[bool]] = defaultdict(list)
-    for series, x, y, color in browser.run("painted()"):
-        around = pixels[max(0, int(y) - 3) : int(y) + 4, max(0, int(x) - 3) : int(x) + 4]
+    for series, x, y, color in markers:
+        around = pixels[max(0, int(y) - 3) : int(y) + 4, max(0, int(x) - 3) : int(x) + 4].astype(int)
         if around.size:
             hits[series].append(bool(np.abs(around - color).sum(-1).min() < 60))
     return [f"not in the picture: {series}" for series, found in hits.items() if 3 <= len(found) > 2 * sum(found)]

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 import skipway as sw
 from skipway.errors import SkipwayError
 from skipway.nn import AttentionExit, AttentionRead, Residual
+from skipway.schemes import parse_scheme
+from skipway.studies.chains import block_chain
 
 VIT = {"depth": 3, "dim": 8, "heads": 2, "patch": 8, "image": 16, "classes": 3}
 FAMILIES = {
@@ -253,6 +255,42 @@ def test_slots_that_do_not_fit_are_refused():
         sw.schemes.parse_scheme("denseformer + hyperconnections(2)")
     with pytest.raises(SkipwayError, match="blocks=0"):
         sw.schemes.parse_scheme("attentionresiduals(blocks=0)")
+
+
+class ParallelBlock(nn.Module):
+    """y = x + (attention + MLP): one connection per block, of kind attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(8), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.mlp = nn.Linear(8, 8)
+
+    def forward(self, x):
+        h = self.norm(x)
+        return x + (self.attention(h, h, h, need_weights=False)[0] + self.mlp(h))
+
+
+@pytest.mark.parametrize("scheme", ["denseformer", "mudd", "x0residual"])
+def test_branches_that_make_no_blocks_of_attention_and_mlp_are_not_miscounted(scheme):
+    """A chain of MLPs, or a second attention, is refused; in a network that exists each block is counted as one."""
+    with pytest.raises(SkipwayError, match=r"kind='mlp' behind 0 branches .* attention and the MLP after it"):
+        block_chain(scheme, 2, width=4)
+    with pytest.raises(SkipwayError, match=r"kind='attention' behind 1 branch "):
+        parse_scheme(scheme).streams(sw.Site(dim=8, index=1, since=1, depth=3, kind="attention", spatial=0))
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*(ParallelBlock() for _ in range(3))).eval(), torch.randn(2, 4, 8)
+    expected = model(x)
+    sw.rescheme(model, x, scheme)
+    torch.testing.assert_close(model(x), expected)
+    model(x).square().sum().backward()
+    mixing = [p for name, p in model.named_parameters() if "residual_" in name and p.numel() and p.grad is not None]
+    assert any(bool(parameter.grad.any()) for parameter in mixing)
+    layers = [nn.TransformerEncoderLayer(8, 2, 8, 0.0, batch_first=True, norm_first=True) for _ in range(3)]
+    model = nn.Sequential(*layers).eval()
+    expected = model(x)
+    operation = sw.rescheme(model, x, scheme)
+    assert operation.touched["1:1"] == "1.norm1 to 1.dropout1"  # branch by branch, where blocks are as they are counted
+    torch.testing.assert_close(model(x), expected)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

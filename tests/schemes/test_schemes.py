@@ -374,7 +374,9 @@ def test_two_silent_schemes_do_not_stack():
     ("spec", "message"),
     [
         ("layerscal", "did you mean 'layerscale'"),
-        ("layerscale(inti=1)", "unexpected keyword argument 'inti'"),
+        ("layerscale(inti=1)", "unexpected keyword argument 'inti'; the arguments are: init, rate"),
+        ("stochasticdepth(rate=0.1)", "the arguments are: probability"),
+        ("mudd(1)", "the arguments are: none"),
         ("layerscale(init=", "is not of the form"),
         ("layerscale(init=__import__('os'))", "is not of the form"),
         ("layerscale(init='deep')", "finite number or 'depth'"),

@@ -129,7 +129,24 @@ def test_rows_of_several_budgets_and_data_sets_are_judged_apart(tmp_path, capsys
     for text in (terminal, page):
         assert "mean 16" in text
         assert "reduced grid" not in text
-        assert "with other sizes or data: --budget cpu (12 cells); --budget cpu --data cifar10 (4 cells)." in text
+        assert "with other sizes or data: --budget cpu (12 cells); --budget cpu --data cifar10 (8 cells)." in text
+
+
+def test_the_grid_of_a_users_data_is_complete_with_the_cells_that_the_data_do_not_change(tmp_path):
+    study = Widths()
+    run(study, tmp_path, jobs=0, budget="gpu", choices=Choices(data="cifar10"))
+    (part,) = split_by_grid(study, read_rows(tmp_path, study))
+    assert (part.budget, part.data, part.complete, len(part.rows)) == ("gpu", "cifar10", True, 12)
+    run(study, tmp_path, jobs=0, budget="gpu")
+    parts = split_by_grid(study, read_rows(tmp_path, study))
+    assert {part.data: (part.complete, len(part.rows)) for part in parts} == {"cifar10": (True, 12), None: (True, 12)}
+
+
+@pytest.mark.parametrize("data", ["My  Photos", "a\u3000b", "a\u00a0b", " a", "a\tb", "a\nb", '"a"', "1", "a b"])
+def test_rows_are_found_again_whatever_whitespace_the_data_path_has(data, tmp_path):
+    study = Widths()
+    rows = run(study, tmp_path, jobs=0, choices=Choices(data=data))
+    assert [row["key"] for row in read_rows(tmp_path, study)] == [row["key"] for row in rows]
 
 
 def test_the_command_of_a_page_measures_its_rows(tmp_path):

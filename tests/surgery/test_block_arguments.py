@@ -169,3 +169,49 @@ def test_a_block_keeps_the_bytes_of_x_wherever_it_is_given_x(build):
     _, costs = costs_of(model, X, find_blocks(model, X).calls)
     assert [cost.given for cost in costs.values()] == 4 * [X.nbytes]
     assert checkpointed(model, X, "squareroot").touched
+
+
+class Threaded(nn.Module):
+    """y = x + f(x) · h and, beside it, h' = g(h), which the next block is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x, h):
+        h = self.g(x if h is None else h)
+        return x + self.f(x) * h, h
+
+
+class ThreadedNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Threaded() for _ in range(3))
+
+    def forward(self, x, h=None):
+        self.seen = []
+        for block in self.blocks:
+            x, h = block(x, h)
+            self.seen.append(h)
+        return x, h
+
+
+def test_what_is_handed_on_stays_for_skipped_samples_what_the_block_was_given():
+    torch.manual_seed(0)
+    net, x, h = ThreadedNet(), torch.randn(6, 4), torch.randn(6, 4)
+    skip_compute(net, (x, h), 0.5, rising=False)
+    net.train()(x, h)
+    for block, given, handed in zip(net.blocks, [h, *net.seen], net.seen, strict=False):
+        computed = (handed - block.g(given)).abs().amax(1) < 1e-6
+        assert computed.sum() == 3
+        torch.testing.assert_close(handed[~computed], given[~computed])
+
+
+def test_a_block_that_computes_of_each_sample_what_later_ones_need_is_left_alone():
+    torch.manual_seed(0)
+    net, x = ThreadedNet(), torch.randn(6, 4)
+    operation = skip_compute(net, x, 0.5, rising=False)
+    assert list(operation.touched) == ["blocks.1", "blocks.2"]
+    assert "for blocks.1" in operation.refused["blocks.0"]
+    net.train()(x)
+    torch.testing.assert_close(net.seen[0], net.blocks[0].g(x))

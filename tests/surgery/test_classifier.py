@@ -164,3 +164,37 @@ def test_a_classifier_is_replaced_under_all_its_names():
     operation.undo()
     assert model.head is model.fc is before
     assert list(model._modules) == names
+
+
+class Cosine(nn.Linear):
+    """Cosine classifier, with a scale of some shape."""
+
+    def __init__(self, scale):
+        super().__init__(8, 5, bias=False)
+        self.scale = nn.Parameter(torch.full(scale, 16.0))
+
+    def forward(self, x):
+        return self.scale * nn.functional.linear(nn.functional.normalize(x), nn.functional.normalize(self.weight))
+
+
+@pytest.mark.parametrize("scale", [(), (1,)])
+def test_what_does_not_count_classes_stays(scale):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), Cosine(scale)), torch.randn(6, 4)
+    before = model(x)
+    operation = replace_classifier(model, x, 3)
+    assert torch.equal(model[2].scale, torch.full(scale, 16.0))
+    features, weight = nn.functional.normalize(model[:2](x)), nn.functional.normalize(model[2].weight)
+    torch.testing.assert_close(model(x), 16 * features @ weight.T)
+    model(x).square().sum().backward()
+    assert model[2].weight.grad.any()
+    operation.undo()
+    assert torch.equal(model(x), before)
+
+
+def test_what_counts_classes_beside_weight_and_bias_is_refused_by_name():
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), Cosine((5,))), torch.randn(6, 4)
+    before = model(x)
+    with pytest.raises(SkipwayError, match=r"'scale' of the classifier '2', of shape \(5,\)"):
+        replace_classifier(model, x, 3)
+    assert torch.equal(model(x), before)

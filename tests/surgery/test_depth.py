@@ -306,3 +306,23 @@ def test_a_norm_is_replaced_under_all_its_names():
     torch.testing.assert_close(model(x), before)
     operation.undo()
     assert model.norm is model.tail[0] is norm
+
+
+@pytest.mark.parametrize("part", ["", "blocks.0.conv1", "blocks.0.bn2"])
+def test_copies_learn_in_a_frozen_network(net, part):
+    """Where everything is frozen, all of a copy is trained; where a part is not, what its branches end in, too."""
+    net.requires_grad_(False)
+    if part:
+        net.get_submodule(part).requires_grad_(True)
+    before = {name: parameter.requires_grad for name, parameter in net.named_parameters()}
+    operation = deepen(net, X, 4)
+    added = {name: p for name, p in net.named_parameters() if name not in before}
+    after = dict(net.named_parameters())
+    assert {name: after[name].requires_grad for name in before} == before
+    assert all(p.requires_grad for name, p in added.items() if not (part and name.startswith("blocks.0.")))
+    net.train()(X).square().sum().backward()
+    closing = [p for name, p in added.items() if name.endswith("bn2.weight")]
+    assert len(closing) == 4
+    assert all(p.grad is not None and bool(p.grad.any()) for p in closing)
+    operation.undo()
+    assert {name: p.requires_grad for name, p in net.named_parameters()} == before

@@ -805,3 +805,60 @@ def test_the_type_of_the_stream_stays_where_norms_have_a_wider_one(scheme):
     rescheme(model, x, scheme)
     assert model(x).dtype == torch.bfloat16
     assert {p.dtype for name, p in model.named_parameters() if "residual_" in name} == {torch.bfloat16}
+
+
+class Zeroed(nn.TransformerEncoderLayer):
+    """A layer whose branches start at 0."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 1, 16, 0.0, norm_first=True)
+        for weights in (self.self_attn.out_proj, self.linear2):
+            nn.init.zeros_(weights.weight)
+            nn.init.zeros_(weights.bias)
+
+
+class BatchFirst(nn.TransformerEncoderLayer):
+    def __init__(self) -> None:
+        super().__init__(8, 1, 16, 0.0, norm_first=True, batch_first=True)
+
+
+class PositionsFirst(nn.TransformerEncoderLayer):
+    def __init__(self) -> None:
+        super().__init__(8, 1, 16, 0.0, norm_first=True)
+
+
+@pytest.mark.parametrize(("kind", "axis"), [(BatchFirst, 0), (PositionsFirst, 1), (Zeroed, 1)])
+@pytest.mark.parametrize("samples", [1, 40])
+def test_stochastic_depth_drops_samples_whatever_their_axis_is(kind, axis, samples):
+    """m ~ Bernoulli(1 - p) for each sample (Huang et al. 2016, eq. 2), which are on axis 1 of (T, N, C)."""
+    torch.manual_seed(0)
+    layer = kind()
+    x = torch.randn(3, samples, 8).movedim(1, axis)
+    values = state(layer)
+    rescheme(layer, x, "stochasticdepth(0.5)")
+    assert all(torch.equal(value, layer.state_dict()[key]) for key, value in values.items())
+    kept = layer.train().dropout2(torch.ones_like(x)).movedim(axis, 0)
+    drawn = kept[:, 0, 0]
+    assert torch.equal(kept, drawn[:, None, None].expand_as(kept))
+    assert set(drawn.tolist()) <= {0.0, 2.0}
+    assert samples == 1 or 10 <= int(drawn.count_nonzero()) <= 30
+
+
+class AddsFlat(nn.Module):
+    """A connection of the tokens of all samples, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.map, self.act = nn.Conv1d(4, 4, 3, padding=1), nn.Linear(8, 8), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.mix(x).flatten(0, 1)
+        return (tokens + self.act(self.map(tokens))).unflatten(0, x.shape[:2])
+
+
+def test_stochastic_depth_is_refused_where_rows_are_no_samples():
+    model = AddsFlat().eval()
+    keys, types = state(model), kinds(model)
+    with pytest.raises(SkipwayError, match="no axis with one entry for each sample"):
+        rescheme(model, torch.randn(2, 4, 8), "stochasticdepth")
+    assert_same(model, keys, types)

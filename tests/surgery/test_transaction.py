@@ -122,12 +122,19 @@ def interrupted(*numbers: int) -> Iterator[list[tuple[str, int]]]:
         sys.settrace(None)
 
 
-@cache
+ENDS: dict[tuple[int, int], bool] = {}
+"""What `ends_with` has found, by the identity of the code: its hash is that of all of its instructions."""
+
+
 def ends_with(code: CodeType, instruction: int, number: int) -> bool:
     """Whether an instruction ends a `with` statement, or does nothing."""
-    name = dis.opname[code.co_code[instruction]]
-    within = source(code.co_filename)[number - 1].lstrip().startswith("with ")
-    return name == "NOP" or (within and name in ("LOAD_CONST", "PUSH_EXC_INFO"))
+    found = ENDS.get((id(code), instruction))
+    if found is None:
+        name = dis.opname[code.co_code[instruction]]
+        within = source(code.co_filename)[number - 1].lstrip().startswith("with ")
+        found = name == "NOP" or (within and name in ("LOAD_CONST", "PUSH_EXC_INFO"))
+        ENDS[id(code), instruction] = found
+    return found
 
 
 @cache
@@ -148,7 +155,9 @@ def stopped(operate: Callable[[nn.Module], object], model: nn.Module, *numbers: 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_an_interrupt_at_any_line_leaves_the_model_as_it_was(name):
-    """At lines spread over each operation, and once more while the first interrupt rolls back."""
+    """At lines spread over each operation, and once more while the first interrupt rolls back, at half of them only in
+    the latter case.
+    """
     operate = OPERATIONS[name]
     operate(network(name))  # classes and kernels are made once
     model = network(name)
@@ -158,7 +167,7 @@ def test_an_interrupt_at_any_line_leaves_the_model_as_it_was(name):
     before, total = snapshot(model), len(lines)
     for place in range(8):
         number = total * (2 * place + 1) // 16
-        for numbers in ((number,), (number, number + 3 + place)):
+        for numbers in ((number, number + 3 + place), (number,))[: 1 + place % 2]:
             assert stopped(operate, model, *numbers), "the operation ran to its end"
             assert_equal(snapshot(model), before)
     operation = operate(model)
@@ -362,3 +371,40 @@ def test_a_part_of_a_network_that_was_moved_gets_nothing_back_from_another_place
     takes = shorten(other, X, to=1)
     other.register_parameter("extra", nn.Parameter(torch.zeros(2, dtype=torch.bfloat16)))  # nothing was moved
     takes.undo()
+
+
+@pytest.mark.parametrize("operate", [lambda m: sw.remove_norm(m, X), lambda m: shorten(m, X, to=1)])
+def test_what_is_put_back_takes_the_mode_and_the_freezing_of_the_network_since(operate):
+    for training in (True, False):
+        net = Net().train(training)
+        net.blocks[0].bn1.eval()
+        net.blocks[1].conv1.weight.requires_grad_(False)
+        modes = {name: module.training for name, module in net.named_modules()}
+        trained = {name: parameter.requires_grad for name, parameter in net.named_parameters()}
+        operate(net).undo()
+        assert {name: module.training for name, module in net.named_modules()} == modes
+        assert {name: parameter.requires_grad for name, parameter in net.named_parameters()} == trained
+        operation = operate(net)
+        net.train(not training).requires_grad_(False)
+        operation.undo()
+        assert {module.training for module in net.modules()} == {not training}
+        assert not any(parameter.requires_grad for parameter in net.parameters())
+
+
+def test_what_is_put_back_is_left_alone_by_a_change_elsewhere():
+    net = Net().train()
+    operation = sw.remove_norm(net, X)
+    net.blocks[0].eval().requires_grad_(False)
+    operation.undo()
+    assert [net.blocks[number].bn1.training for number in (0, 1)] == [False, True]
+    assert [net.blocks[number].bn1.weight.requires_grad for number in (0, 1)] == [False, True]
+    assert net.norm.training
+    assert net.norm.weight.requires_grad
+
+
+def test_an_old_classifier_is_trained_again_after_the_whole_network_is():
+    net = Net().requires_grad_(False)
+    operation = sw.surgery.replace_classifier(net, X, 3)
+    net.requires_grad_(True)
+    assert operation.undo(force=True) is net
+    assert net.head.weight.requires_grad

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -357,3 +359,215 @@ def test_prores_on_a_trained_branch_stands_at_the_end_of_its_clock():
         assert torch.equal(layer(TOKENS), TOKENS)
         operation.undo()
         assert torch.equal(layer(TOKENS), twin(TOKENS))
+
+
+class Attention(nn.Module):
+    """q, k and v by maps of their own; keys and values of a memory where one is given."""
+
+    def __init__(self, dim: int = 8) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+
+    def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
+        memory = x if memory is None else memory
+        return self.o(F.scaled_dot_product_attention(self.q(x), self.k(memory), self.v(memory)))
+
+
+class Gated(nn.Module):
+    def __init__(self, dim: int = 8) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Layer(nn.Module):
+    """y = x + F(norm(x) · scale) for one, two or three branches."""
+
+    def __init__(self, branches: int) -> None:
+        super().__init__()
+        self.branches, self.scale = branches, 1.0
+        self.norms = nn.ModuleList([nn.LayerNorm(8, elementwise_affine=False) for _ in range(branches)])
+        self.attention, self.mlp = Attention(), Gated()
+        self.cross = Attention() if branches == 3 else None
+
+    def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
+        h = self.norms[0](x) * self.scale
+        if self.branches == 1:
+            return x + (self.attention(h) + self.mlp(h))
+        x = x + self.attention(h)
+        if self.cross is not None:
+            x = x + self.cross(self.norms[1](x) * self.scale, memory)
+        return x + self.mlp(self.norms[-1](x) * self.scale)
+
+
+class Layers(nn.Module):
+    """Blocks of `branches` branches; of three behind an encoder of two."""
+
+    def __init__(self, branches: int) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.encoder = nn.ModuleList([Layer(2) for _ in range(3 if branches == 3 else 0)])
+        self.layers = nn.ModuleList([Layer(branches) for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        memory, y = x, self.embed(x)
+        for layer in self.encoder:
+            memory = layer(memory)
+        for layer in self.layers:
+            y = layer(y, memory)
+        return self.head(y)
+
+
+@pytest.mark.parametrize("branches", [1, 2, 3])
+def test_layernormscaling_scales_all_that_enters_by_the_blocks_number(branches):
+    """y = x + F(norm(x) / √b) of Sun et al. 2025: for queries, keys and values alike, for gate and up, and with the
+    number of the block, whether it has one connection, two, or three; a decoder's first block is its own b = 1.
+    """
+    torch.manual_seed(0)
+    model, twin = Layers(branches).eval(), Layers(branches).eval()
+    twin.load_state_dict(model.state_dict())
+    x = torch.randn(2, 4, 8)
+    torch.testing.assert_close(model(x), twin(x))
+    for stack in (twin.encoder, twin.layers):
+        for number, layer in enumerate(stack):
+            layer.scale = (number + 1) ** -0.5
+    assert not torch.allclose(model(x), twin(x), atol=1e-3)
+    operation = rescheme(model, x, "layernormscaling", start="scheme")
+    torch.testing.assert_close(model(x), twin(x))
+    assert not operation.refused
+    inserted = {name.removesuffix(".residual_entry") for name, _ in model.named_modules() if "residual_entry" in name}
+    assert {name for names in operation.touched.values() for name in names.split(", ")} == inserted
+
+
+class AsItIs(nn.Module):
+    """F(h) = h σ(W h): one factor is h itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.map = nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return x + h * self.map(h).sigmoid()
+
+
+class LayerOfMlps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mlp = nn.LayerNorm(8), Gated()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.norm(x))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "reason"),
+    [
+        ((Layer(2), AsItIs()), "a part of which is multiplied, added or put out as it is"),
+        ((LayerOfMlps(), LayerOfMlps()), "which connections of Sequential make one cannot be told: all branches are"),
+        ((LayerOfMlps(), Layer(2)), "an MLP, stands before the first attention"),
+        (
+            (Layer(1), Layer(1), LayerOfMlps(), Layer(2)),
+            "the branches are attention, attention, mlp at 0 and attention, mlp at 3",
+        ),
+    ],
+)
+def test_layernormscaling_is_refused_where_the_factor_would_be_a_guess(blocks, reason):
+    model = nn.Sequential(*blocks).eval()
+    x = torch.randn(2, 4, 8)
+    keys, before = list(model.state_dict()), model(x)
+    try:
+        refused = str(rescheme(model, x, "layernormscaling", start="scheme").refused)
+    except sw.SkipwayError as problem:
+        refused = str(problem)
+        assert list(model.state_dict()) == keys
+        assert torch.equal(model(x), before)
+    assert re.search(reason, refused)
+
+
+class TwoConvs(nn.Module):
+    """F = conv3(h) + conv1(h)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act, self.conv3, self.conv1 = nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 6, 1)
+        self.out = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(x)
+        return x + self.out(self.conv3(h) + self.conv1(h))
+
+
+def test_normfree_divides_what_all_first_maps_read():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(TwoConvs() for _ in range(3))).eval()
+    x = torch.randn(2, 6, 5, 5)
+    before = model(x).detach()
+    rescheme(model, x, "normfree")
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
+    factors = [[each.residual_entry.factor for each in (block.conv3, block.conv1)] for block in model]
+    assert factors == [[pytest.approx((1 + 0.04 * index) ** -0.5)] * 2 for index in range(3)]
+
+
+class Squeezed(nn.Module):
+    """A branch of two convolutions and a gate per channel, whose maps run last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.act, self.conv2 = nn.Conv2d(6, 6, 1), nn.ReLU(), nn.Conv2d(6, 6, 1)
+        self.squeeze, self.excite = nn.Conv2d(6, 2, 1), nn.Conv2d(2, 6, 1)
+        self.norm, self.out = nn.BatchNorm2d(6), nn.Identity()
+
+    def branch(self, x: Tensor) -> Tensor:
+        f = self.conv2(self.act(self.conv1(x)))
+        gate = self.excite(self.squeeze(f.mean((2, 3), keepdim=True)).relu()).sigmoid()
+        return self.out(f * gate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+
+class SqueezedPostNorm(Squeezed):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.branch(x))
+
+
+def test_fixup_starts_the_last_map_of_the_branch_at_zero_and_not_that_of_its_gate():
+    """Zhang et al. 2019, sec. 3: F(x) = 0, and He's times L^(-1/(2m - 2)) of m = 2 maps in a row."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Squeezed() for _ in range(16))).eval()
+    for block in model:
+        del block.norm
+    x = torch.randn(2, 6, 5, 5)
+    rescheme(model, x, "fixup", start="scheme")
+    assert torch.equal(model(x), x)
+    assert not any(block.conv2.weight.any() for block in model)
+    assert all(block.excite.weight.any() for block in model)
+    spread = torch.stack([block.conv1.weight for block in model]).std().detach()
+    assert float(spread) == pytest.approx(16**-0.5 * (2 / 6) ** 0.5, rel=0.15)
+
+
+def test_fixup_refuses_branches_that_are_added():
+    model = nn.Sequential(TwoConvs(), TwoConvs()).eval()
+    values = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(sw.SkipwayError, match=r"0.conv3, 0.conv1 do not follow one another \(branches in it are added"):
+        rescheme(model, torch.randn(2, 6, 5, 5), "fixup", start="scheme")
+    assert all(torch.equal(p, value) for p, value in zip(model.parameters(), values, strict=True))
+
+
+def test_deepnorm_leaves_the_maps_of_gates_alone():
+    """β for the maps that follow one another (Wang et al. 2022, fig. 2), as in networks of ours; He's for all."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(SqueezedPostNorm() for _ in range(64))).eval()
+    rescheme(model, torch.randn(2, 6, 5, 5), "deepnorm", start="scheme")
+    beta = (4 * 64) ** -0.25
+    sizes = {
+        name: float(torch.stack([getattr(block, name).weight for block in model]).std().detach())
+        for name in ("conv1", "conv2", "excite")
+    }
+    he = (2 / 6) ** 0.5
+    assert sizes == {
+        name: pytest.approx(factor * he, rel=0.1) for name, factor in zip(sizes, (beta, beta, 1), strict=True)
+    }

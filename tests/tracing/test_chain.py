@@ -13,6 +13,7 @@ from torch.nn.utils import prune
 import skipway as sw
 from skipway.nn import LinearMap
 from skipway.nn.computed_weights import multiply_tensor, set_weight
+from skipway.surgery.preconditions import refuse_branching
 from skipway.tracing import REASONS, watch
 
 
@@ -174,7 +175,7 @@ def test_torchs_own_transformer(norm_first):
 OURS = {
     "resnet": ({"depth": 8, "classes": 4, "width": 4}, (2, 3, 8, 8)),
     "vit-tiny-16": ({"depth": 2, "classes": 4, "dim": 8, "heads": 2, "image": 32}, (2, 3, 32, 32)),
-    "convnext-atto": ({"classes": 4}, (1, 3, 64, 64)),
+    "convnext-atto": ({"classes": 4, "width": 8, "blocks": (1, 2)}, (1, 3, 32, 32)),
 }
 
 
@@ -232,6 +233,52 @@ class Reads(nn.Module):
 
 def test_a_model_that_reads_values_is_watched_as_it_is():
     assert len(sw.chain(Reads(), torch.zeros(1, 5, 8))) == 1
+
+
+def test_hooks_of_others_are_given_no_tensors_without_values():
+    """They run once, as in any call, and what torch's compute stays part of the program."""
+    net, kept = Norms("pre"), []
+    first = next(module for module in net.modules() if isinstance(module, nn.Linear))
+    nn.utils.weight_norm(first)
+    x = torch.randn(1, 5, 8)
+    net.eval()(x)
+    handle = first.register_forward_hook(lambda module, args, out: kept.append(out))
+    expected = len(sw.chain(net, x))
+    assert [each.device.type for each in kept] == ["cpu"]
+    handle.remove()
+    assert watch(net, x).on_meta
+    assert len(sw.chain(net, x)) == expected
+    with torch.nn.modules.module.register_module_forward_hook(lambda module, args, out: kept.append(out)):
+        sw.chain(net, x)
+    assert all(each.device.type == "cpu" for each in kept)
+
+
+def test_hooks_of_others_are_not_run_to_find_what_reads_values():
+    net, kept = Norms("pre"), []
+    net.register_forward_hook(lambda module, args, out: kept.append(out.sum().item()))
+    refuse_branching(net, torch.randn(2, 5, 8), "an operation")
+    assert kept == []
+
+
+@pytest.mark.parametrize(
+    ("subtract", "sign"),
+    [
+        (lambda shift, f: shift - f, -1.0),
+        (lambda shift, f: torch.add(shift, f, alpha=-2.0), -2.0),
+        (lambda shift, f: torch.rsub(f, shift, alpha=0.5), -0.5),
+        (lambda shift, f: f - shift, 1.0),
+    ],
+)
+def test_the_sign_of_a_branch_is_kept_beside_a_constant(subtract, sign):
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.shift = nn.Linear(8, 8), nn.Parameter(torch.ones(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + subtract(self.shift, self.fc(x))
+
+    assert sw.chain(Shifted(), torch.randn(2, 8))[0].seen.weights == (1.0, sign)
 
 
 def test_what_cannot_be_watched_is_refused_with_a_way_out():

@@ -6,6 +6,7 @@ import dis
 import linecache
 import random
 import sys
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from skipway.depth_transfer.batches import KeptBatches
 from skipway.depth_transfer.coordinates import read_signals
 from skipway.depth_transfer.design import Design
 from skipway.inference.speed import time_training
+from skipway.probes import probe
 from skipway.surgery.training_pass import run_training_pass
 from skipway.tracing import preserved_state, restoration
 from skipway.tracing.restoration import TRACELESS, devices_in_use, generator_devices, random_states, seeded_generators
@@ -219,6 +221,98 @@ def test_entries_of_containers_are_put_back():
     assert model.state["h"] is kept[0]
     assert model.states[0] is kept[1]
     assert model.nested["a"][0] is kept[2]
+
+
+class Keeping(nn.Module):
+    """Writes, fills, replaces and deletes all that a module may keep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.codes = nn.Linear(4, 4), nn.Parameter(torch.ones(4))
+        self.seen, self.table, self.cache = torch.zeros(4), {"mean": torch.zeros(4)}, torch.ones(4)
+        self.rare, self.length = torch.ones(1), 3
+        self.log, self.counts, self.last, self.words = [], Counter(), deque([1.0], maxlen=1), {"b", "c"}
+        self.register_buffer("mask", None)
+        self.views = [self.layer.weight.detach()]
+
+    def forward(self, x):
+        self.seen += x.mean(0)
+        self.table["mean"].data.add_(1)
+        self.log.append(1.0)
+        self.counts["calls"] += 1
+        self.last.append(2.0)
+        self.words.add("a")
+        self.cache = None
+        del self.rare, self.length
+        self.grown = 7
+        self.mask = x > 0
+        self.codes = nn.Parameter(self.codes.detach() * 0.5)
+        return x + self.layer(x).relu() * self.codes
+
+
+def kept_by(net: Keeping) -> list[object]:
+    held = [net.seen, net.table["mean"], net.cache, net.rare, net.codes]
+    filled = [net.log, dict(net.counts), list(net.last), net.words, net.length, net.mask, hasattr(net, "grown")]
+    return [*map(id, held), *(each.tolist() for each in held), repr(filled)]
+
+
+def test_what_a_pass_writes_fills_replaces_or_deletes_is_put_back():
+    net = Keeping()
+    before = kept_by(net)
+    for _ in range(2):
+        probe(net, torch.ones(2, 4))
+        assert kept_by(net) == before
+
+
+def test_what_is_computed_from_weights_is_left_to_whoever_writes_them():
+    net = Keeping()
+    with preserved_state(net), torch.no_grad():
+        net.layer.weight.fill_(2.0)
+    assert bool((net.views[0] == 2).all())
+
+
+def test_what_a_pass_did_not_write_is_not_written():
+    """A write into what a graph has saved would end somebody's backward pass."""
+    norm, net = nn.BatchNorm1d(4).eval(), nn.utils.weight_norm(nn.Linear(4, 4))
+    loss = norm(net(torch.ones(2, 4))).sum()
+    for module in (norm, net):
+        probe(module, torch.ones(2, 4))
+    loss.backward()
+    assert net.weight_v.grad is not None
+
+
+def test_flags_and_handles_of_hooks_stay():
+    class Lazy(nn.Linear):
+        def forward(self, x):
+            if not getattr(self, "hooked", False):
+                self.hooked = True
+                self.handles = [self.register_forward_pre_hook(lambda *_: None)]
+            return super().forward(x)
+
+    net = Lazy(4, 4)
+    with preserved_state(net):
+        net(torch.ones(2, 4))
+    assert net.hooked
+    assert len(net.handles) == len(net._forward_pre_hooks) == 1
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_buffers_that_are_expanded_views_are_put_back(inference):
+    with torch.inference_mode(inference):
+        mask = torch.ones(1, 4).expand(8, 4)
+
+    class Masked(nn.Linear):
+        def forward(self, x):
+            with torch.inference_mode(inference):
+                self.mask[:1].mul_(2)
+            return super().forward(x)
+
+    net = Masked(4, 4)
+    net.register_buffer("mask", mask, persistent=False)
+    probe(net, torch.ones(2, 4))
+    sw.diagnose(net, torch.eye(8, 4), targets=torch.eye(8, 4), steps=2)
+    assert net.mask is mask
+    assert net.mask.tolist() == [[1.0] * 4] * 8
 
 
 def test_a_network_over_depth_seeds_no_device_that_is_not_its_own(monkeypatch):

@@ -30,7 +30,8 @@ from skipway.training.resume import change_plan
 from skipway.training.run import Progress
 from skipway.weights import hub
 
-BASE = sw.Recipe(model="resnet", depth=8, width=8, epochs=2, batch_size=128, device="cpu", precision="float32")
+pytestmark = pytest.mark.usefixtures("few_digits")
+BASE = sw.Recipe(model="resnet", depth=8, width=8, epochs=2, batch_size=14, device="cpu", precision="float32")
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +100,7 @@ def test_features_are_computed_once(tmp_path, cache):
     recipe, first, second = replace(BASE, freeze="all"), Counter(), Counter()
     one = sw.train(recipe, tmp_path / "1", reporter=first)
     two = sw.train(recipe, tmp_path / "2", reporter=second)
-    assert first.counts[-1] == (143, 143)
+    assert first.counts[-1] == (17, 17)
     assert second.counts == []
     assert_same(one, two)
     sw.train(replace(recipe, seed=1), tmp_path / "3", reporter=second)  # other weights
@@ -107,14 +108,14 @@ def test_features_are_computed_once(tmp_path, cache):
 
 
 def test_an_interrupted_computation_goes_on_where_it_was(tmp_path, monkeypatch):
-    monkeypatch.setattr(features, "MOST_IMAGES", 100)
+    monkeypatch.setattr(features, "MOST_IMAGES", 11)
     recipe, counter = replace(BASE, freeze="all(views=1)", augment="erasing"), Counter()
     whole = sw.train(replace(recipe, cache=False), tmp_path / "whole")
     for polls in (3, 11):  # 13 batches of images, 13 of their views
         assert not sw.train(recipe, tmp_path / "stopped", stop=StopAfter(polls), resume=True).finished
     resumed = sw.train(None, tmp_path / "stopped", resume=True, reporter=counter)
     assert resumed.finished
-    assert counter.counts[0] == (1295 + 400, 2 * 1295)
+    assert counter.counts[0] == (142 + 44, 2 * 142)
     assert_same(whole, resumed)
 
 
@@ -195,12 +196,12 @@ def test_views_are_used_in_the_fit_and_nowhere_else(tmp_path, cache):
     plain, viewed = (sw.train(replace(recipe, freeze=freeze), tmp_path / freeze) for freeze in ("all", "all(views=2)"))
     sizes = sorted(path.stat().st_size for path in cache.glob("features-*.bin"))
     width = 4 * 32
-    assert sizes == [143 * width, 3 * 1295 * width]
+    assert sizes == [17 * width, 3 * 142 * width]
     a, b = (sw.from_pretrained(run.folder.path).head.classifier.weight for run in (plain, viewed))
     assert not torch.allclose(a, b)
     counter = Counter()
     sw.train(replace(recipe, freeze="all(views=3)"), tmp_path / "more", reporter=counter)
-    assert counter.counts[0][0] > 3 * 1295  # those that are there already are taken
+    assert counter.counts[0][0] > 3 * 142  # those that are there already are taken
 
 
 def test_first_trains_everything_from_the_fitted_classifier(tmp_path):
@@ -318,7 +319,7 @@ def test_where_memory_is_short_a_batch_is_computed_in_halves(tmp_path, monkeypat
     monkeypatch.setattr(features, "features_of", short)
     halves = sw.train(replace(BASE, freeze="all", cache=False), tmp_path / "halves")
     assert halves.best_accuracy == whole.best_accuracy
-    assert max(sizes) == 512
+    assert max(sizes) == 142
     monkeypatch.setattr(features, "features_of", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("all")))
     with pytest.raises(SkipwayError, match="out of memory: not even one image"):
         sw.train(replace(BASE, freeze="all", cache=False), tmp_path / "none")

@@ -257,6 +257,7 @@ def test_a_network_without_a_linear_classifier_is_trained_without_fitting_one(tm
     assert "layer_decay=0.8 has no effect" in heard.text("note")
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_a_run_resumes_without_its_initial_weights(tmp_path):
     first = train(changed(TINY, epochs=1), tmp_path / "first")
     recipe = changed(TINY, epochs=1, start=first.folder.last)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,9 +13,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.training.distributed_job import FEW_ITERATIONS, FITTED, MIXED, RECIPE
+from tests.training.few_digits import every_ninth
 from tests.training.test_loop import assert_same, weights
 
 from skipway.checkpoint.files import read_tensors
+from skipway.data import loader
 from skipway.training import mlp_head
 from skipway.training.distributed import Ranks
 from skipway.training.ema import ModelEMA
@@ -23,6 +26,14 @@ from skipway.training.run import Outcome
 from skipway.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or os.name == "nt", reason="gloo and torchrun are needed")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_digits() -> Iterator[None]:
+    """For the runs of one process, as in the job of two."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "digits", every_ninth)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -22,16 +22,6 @@ FAMILIES = {
 }
 
 
-@pytest.fixture
-def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A third of the embedded digits, in as many batches an epoch."""
-    from skipway.data import loader
-
-    images, names = loader.digits()
-    few = images[::3], [f"{name.split('/')[0]}/{number:04d}" for number, name in enumerate(names[::3])]
-    monkeypatch.setattr(loader, "digits", lambda: few)
-
-
 @pytest.mark.usefixtures("few_digits")
 @pytest.mark.parametrize(
     ("family", "scheme"),
@@ -39,7 +29,7 @@ def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_mid_epoch_interruption(tmp_path, family, scheme):
     """With stochastic depth, an average of the weights and batches in parts."""
-    recipe = dataclasses.replace(BASE, **FAMILIES[family], scheme=f"{scheme} + stochasticdepth(0.3)", batch_size=86)
+    recipe = dataclasses.replace(BASE, **FAMILIES[family], scheme=f"{scheme} + stochasticdepth(0.3)", batch_size=28)
     whole = train(recipe, tmp_path / "whole")
     assert not train(recipe, tmp_path / "stopped", stop=StopAfter(2)).finished
     assert not train(None, tmp_path / "stopped", resume=True, stop=StopAfter(5)).finished
@@ -70,16 +60,17 @@ OPTIONS = [
 def test_every_option_continues_exactly(tmp_path, options):
     if options.get("optimizer") in ("lion", "lamb", "muon"):
         pytest.importorskip("pytorch_optimizer")
-    recipe = dataclasses.replace(BASE, **FAMILIES["resnet"], **options, epochs=3, batch_size=86)
+    recipe = dataclasses.replace(BASE, **FAMILIES["resnet"], **options, epochs=3, batch_size=28)
     whole = train(recipe, tmp_path / "whole")
     assert not train(recipe, tmp_path / "stopped", stop=StopAfter(3)).finished
     assert not train(None, tmp_path / "stopped", resume=True, stop=StopAfter(6)).finished
     assert_same(whole, train(None, tmp_path / "stopped", resume=True))
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_parts_of_a_batch_have_the_gradient_of_the_whole(tmp_path):
     """Without a norm over the batch, accumulation changes nothing but rounding."""
-    recipe = Recipe(**FAMILIES["vit"], epochs=1, batch_size=256, device="cpu", precision="float32")
+    recipe = Recipe(**FAMILIES["vit"], epochs=1, batch_size=28, device="cpu", precision="float32")
     whole = train(recipe, tmp_path / "whole").folder.read_metrics()[0]
     parts = train(dataclasses.replace(recipe, accumulate=4), tmp_path / "parts").folder.read_metrics()[0]
     assert parts["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-5)
@@ -137,11 +128,11 @@ def test_averages_of_shared_tensors_are_swapped_in_and_out(tmp_path):
     assert model.head.weight.item() == 1.0
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_frozen_blocks_do_not_move(tmp_path):
-    start = train(dataclasses.replace(BASE, **FAMILIES["resnet"], epochs=1, lr=1e-9, ema=None), tmp_path / "start")
-    recipe = dataclasses.replace(
-        BASE, **FAMILIES["resnet"], epochs=1, ema=None, freeze="1", start=start.folder.last, lr=0.1
-    )
+    base = dataclasses.replace(BASE, **FAMILIES["resnet"], epochs=1, batch_size=28, ema=None)
+    start = train(dataclasses.replace(base, lr=1e-9), tmp_path / "start")
+    recipe = dataclasses.replace(base, freeze="1", start=start.folder.last, lr=0.1)
     tuned = train(recipe, tmp_path / "tuned")
     from skipway.checkpoint.files import read_tensors
 
@@ -150,14 +141,16 @@ def test_frozen_blocks_do_not_move(tmp_path):
     assert moved == {"head.classifier.weight", "head.classifier.bias"}
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_patience_ends_a_run(tmp_path):
-    recipe = dataclasses.replace(BASE, **FAMILIES["resnet"], epochs=9, lr=1e-12, patience=2, ema=None)
+    recipe = dataclasses.replace(BASE, **FAMILIES["resnet"], epochs=9, batch_size=28, lr=1e-12, patience=2, ema=None)
     outcome = train(recipe, tmp_path / "run")
     assert outcome.finished
     assert outcome.epoch < 9
     assert outcome.epoch - outcome.best_epoch == 2
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_a_time_budget_becomes_epochs(tmp_path):
     lines: list[str] = []
 
@@ -165,7 +158,7 @@ def test_a_time_budget_becomes_epochs(tmp_path):
         def message(self, label: str, text: str) -> None:
             lines.append(label)
 
-    recipe = dataclasses.replace(BASE, **FAMILIES["resnet"], epochs=1, time="4s", ema=None)
+    recipe = dataclasses.replace(BASE, **FAMILIES["resnet"], epochs=1, batch_size=28, time="3s", ema=None)
     outcome = train(recipe, tmp_path / "run", reporter=Heard())
     assert "plan" in lines
     assert outcome.finished

@@ -15,9 +15,8 @@ from skipway.training.freeze import freeze_layers, frozen_modules
 from skipway.training.loop import open_run
 from skipway.training.run_folder import RunFolder
 
-BASE = sw.Recipe(
-    model="resnet", depth=14, width=8, epochs=1, batch_size=128, device="cpu", precision="float32", ema=0.5
-)
+pytestmark = pytest.mark.usefixtures("few_digits")
+BASE = sw.Recipe(model="resnet", depth=14, width=8, epochs=1, batch_size=14, device="cpu", precision="float32", ema=0.5)
 
 
 def saved_bytes(tmp_path, freeze: str) -> int:

@@ -26,8 +26,9 @@ from skipway.training.loop import train
 from skipway.training.reporter import SilentReporter
 from skipway.training.run import Run
 
-RECIPE = Recipe(depth=8, width=4, epochs=2, batch_size=128, device="cpu", precision="float32", ema=0.9, save_every=4)
-STEPS = 10  # in an epoch of 1,295 images
+pytestmark = pytest.mark.usefixtures("few_digits")
+RECIPE = Recipe(depth=8, width=4, epochs=2, batch_size=14, device="cpu", precision="float32", ema=0.9, save_every=4)
+STEPS = 10  # in an epoch of 142 images
 
 
 def poison(run: Run, kind: str, step: int, value: float) -> str:
@@ -75,12 +76,14 @@ def poison(run: Run, kind: str, step: int, value: float) -> str:
 
 
 @pytest.mark.parametrize("kind", ["input", "activation", "gradient", "loss", "weight"])
-def test_fifty_injections(tmp_path, monkeypatch, kind):
-    """Ten steps for each of five kinds: named correctly each time, and nothing is spoilt."""
+def test_thirty_injections(tmp_path, monkeypatch, kind):
+    """Six steps for each of five kinds: the first and the last of an epoch, and at each of the three connections both
+    values. Named correctly each time, and nothing is spoilt.
+    """
     real, seen = loop.build_run, []
     monkeypatch.setattr(loop, "build_run", lambda *given, **options: seen.append(real(*given, **options)) or seen[-1])
     begun = loop.report_preflight
-    for step in range(10):
+    for step in (0, 1, 2, 4, 5, 9):
         expected: list[str] = []
         value = math.nan if step % 2 else math.inf
 
@@ -96,7 +99,7 @@ def test_fifty_injections(tmp_path, monkeypatch, kind):
         assert expected[0] in str(caught.value)
         assert f"step {step + 1} of {STEPS}" in str(caught.value)
         about = read_json(out / "bundle/about.json")
-        assert len(about["files"]) == 128
+        assert len(about["files"]) == RECIPE.batch_size
         assert (out / "bundle/batch.safetensors").exists()
         states = [value for state in run.optimizer.state.values() for value in state.values()]
         kept = [*run.ema.tensors.values(), *(each for each in states if isinstance(each, torch.Tensor))]

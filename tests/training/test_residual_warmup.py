@@ -18,7 +18,8 @@ from skipway.training.loop import train
 from skipway.training.reporter import SilentReporter
 from skipway.training.residual_warmup import move_warmup, warmup_lines
 
-SMALL = Recipe(model="resnet20", depth=8, width=4, epochs=2, batch_size=256, device="cpu", precision="float32")
+pytestmark = pytest.mark.usefixtures("few_digits")
+SMALL = Recipe(model="resnet20", depth=8, width=4, epochs=2, batch_size=28, device="cpu", precision="float32")
 
 
 class Heard(SilentReporter):
@@ -49,7 +50,7 @@ def test_one_optimizer_step_is_one_step_of_the_clock(tmp_path, ema):
     """Whatever the parts of a batch, in the weights and in their average."""
     recipe = dataclasses.replace(SMALL, scheme="prores(0.5)", accumulate=2, ema=ema)
     outcome = train(recipe, tmp_path / "run")
-    steps = outcome.epoch * (outcome.folder.read_config()["data"]["train"] // 256)
+    steps = outcome.epoch * (outcome.folder.read_config()["data"]["train"] // 28)
     end = round(0.5 * steps)
     assert clock(outcome.folder.last) == {(end, end)}, "it stops at its end"
 
@@ -122,7 +123,7 @@ def test_networks_of_others_start_at_0(tmp_path):
     """They are dressed at the end of their warm-up, where a trained network is unchanged, and have no weights here."""
     file = tmp_path / "mine.py"
     file.write_text(NETWORK)
-    own = Recipe(model=f"{file}:network", epochs=1, batch_size=256, device="cpu", precision="float32")
+    own = Recipe(model=f"{file}:network", epochs=1, batch_size=28, device="cpu", precision="float32")
     scratch = dataclasses.replace(own, scheme="prores(1000)")
     stopped = train(scratch, tmp_path / "scratch", stop=StopAfter(2))
     ((step, end),) = clock(stopped.folder.last)

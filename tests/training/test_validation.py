@@ -169,6 +169,7 @@ def test_a_result_from_before_tests_were_counted_is_one(tmp_path):
     assert train(dataclasses.replace(recipe, epochs=2), folder.path, resume=True).tested_after == (1, 2)
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_without_validation_images_the_last_epoch_is_the_best(tmp_path):
     class Heard(SilentReporter):
         quiet = False
@@ -201,6 +202,7 @@ def test_a_run_continues_with_its_own_file_list(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "run/split.json").read_text()) == listed
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_ties_of_accuracy_go_to_the_lower_loss_and_patience_counts_alike(tmp_path, monkeypatch):
     """Also in a run that was stopped between the epochs and resumed."""
     losses, checks = [3.0, 2.0, 2.0, 1.0, 1.5, float("nan"), 0.5], iter(range(1000))
@@ -210,7 +212,7 @@ def test_ties_of_accuracy_go_to_the_lower_loss_and_patience_counts_alike(tmp_pat
         return Evaluation(losses[trainer.run.progress.epoch], confusion)
 
     monkeypatch.setattr(Trainer, "validate", constructed)
-    recipe = dataclasses.replace(TINY, epochs=7, batch_size=256, patience=2)
+    recipe = dataclasses.replace(TINY, epochs=7, batch_size=28, patience=2)
     whole = train(recipe, tmp_path / "whole")
     assert (whole.best_epoch, whole.epoch) == (4, 6)
     assert read_tensors(whole.folder.best)[1]["epoch"] == 4

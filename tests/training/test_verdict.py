@@ -69,6 +69,7 @@ def test_from_weights_trial_steps_tell_whether_they_are_destroyed(tmp_path, weig
     assert ("that overwrites what they know: lr=3.0 is gentler" in line) == warned
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_trial_steps_are_taken_back(tmp_path, weights, monkeypatch):
     """The run has the weights of one that takes no trial steps."""
     recipe = replace(SMALL, start=str(weights), freeze="none", optimizer="adamw", lr=1e-3)
@@ -79,6 +80,7 @@ def test_trial_steps_are_taken_back(tmp_path, weights, monkeypatch):
     assert all(torch.equal(tensor, quiet[name]) for name, tensor in tried.items())
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_a_classifier_that_is_fitted_first_has_no_steps_to_judge(tmp_path, weights):
     (line,) = said(tmp_path, replace(SMALL, start=str(weights), freeze="first", optimizer="adamw", lr=1e-4))
     assert "the classifier is fitted to their features first" in line

@@ -102,10 +102,10 @@ def test_the_classifier_is_asked_for(kind):
 def test_a_published_folder_at_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     library = peer("transformers", import_transformers)
-    width = {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3, "intermediate_size": 768}
+    width = {"hidden_size": 192, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 768}
     theirs = library.ViTModel(library.ViTConfig(**width, image_size=16, patch_size=16, num_channels=1))
     theirs.save_pretrained("published")
-    given = ["train", "--model", "vit-tiny-16", "--size", "16", *TRAIN[6:], "--start", "published"]
+    given = ["train", "--model", "vit-tiny-16", "--depth", "2", "--size", "16", *TRAIN[6:], "--start", "published"]
     assert main([*given, "--weights-names", "huggingface", "--out", "run"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "newly initialised: head.classifier.weight, head.classifier.bias; left out: pooler.dense" in text

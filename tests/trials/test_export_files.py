@@ -182,8 +182,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("how", FAULTS)
-@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize(("how", "older"), [*((how, True) for how in FAULTS), ("operator", False)])
 def test_nothing_is_left_of_a_failure(tmp_path, how, older):
     if older:
         (tmp_path / "m.onnx").write_text("older")
@@ -201,6 +200,7 @@ def test_nothing_is_left_after_an_interruption(tmp_path, monkeypatch, place, err
         file.write_text("half")
         raise error
 
+    monkeypatch.setattr(export, "write_onnx_file", lambda model, file, *args: file.write_text("whole"))
     monkeypatch.setattr(export, place, interrupt)
     with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else sw.SkipwayError) as caught:
         export_onnx(Faulty("fine"), torch.zeros(2, 4), tmp_path / "m.onnx")

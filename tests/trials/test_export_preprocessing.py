@@ -122,7 +122,7 @@ def save_images(folder: Path) -> list[Path]:
 
 
 def save_weights(folder: Path, record: Preprocessing) -> Path:
-    options = {"name": "resnet", "depth": 8, "width": 4, "classes": 3, "channels": record.channels}
+    options = {"name": "resnet20", "blocks": [1], "width": 4, "classes": 3, "channels": record.channels}
     model = sw.build(**options)
     with np.errstate(all="ignore"):
         for parameter in model.parameters():

@@ -4,6 +4,7 @@
 |---|---|---|
 | F1 | 64 cores by affinity, a quota of control groups of version 2, 1 or both, at any depth | the least, rounded up |
 | F1 | no quota, an unlimited or damaged one | the affinity |
+| – | cores that share a physical one, all or some allowed | the physical ones; half where none is known |
 | F1 | a quota, at the command line | torch starts no more threads, unless the environment says so |
 | – | a memory limit below the decoded images | decoded in every epoch, and said |
 | – | a `/dev/shm` too small for batches of worker processes, or none | threads, and said, before a bus error |
@@ -46,7 +47,7 @@ def machine(monkeypatch):
     real = builtins.open
 
     def opened(path, *args, **options):
-        if str(path).startswith(("/sys/fs/cgroup", "/proc/self/cgroup", "/proc/meminfo")):
+        if str(path).startswith(("/sys/fs/cgroup", "/proc/self/cgroup", "/proc/meminfo", "/sys/devices")):
             if str(path) not in files:
                 raise FileNotFoundError(errno.ENOENT, "No such file or directory", path)
             return io.StringIO(files[str(path)])
@@ -105,6 +106,28 @@ def test_the_least_of_affinity_and_quotas_counts(machine, kind):
     machine.update(files)
     assert cpu_count() == cores
     assert pool.default_workers(5000) == min(cores, pool.MAX_WORKERS)
+
+
+PAIRS = {limits.SIBLINGS.format(number): f"{number % 32},{number % 32 + 32}" for number in range(CORES)}
+ALONE = {limits.SIBLINGS.format(number): f"{number}" for number in range(CORES)}
+
+
+@pytest.mark.parametrize(
+    ("files", "allowed", "cores"),
+    [
+        (PAIRS, range(CORES), 32),
+        (PAIRS, (0, 32, 5), 2),
+        (PAIRS, range(8), 8),
+        (ALONE, range(CORES), CORES),
+        ({}, range(CORES), 32),
+        ({**PAIRS, f"{GROUPS}/cpu.max": "300000 100000"}, range(CORES), 3),
+    ],
+    ids=["pairs", "one pair and a half", "one of each pair", "no pairs", "not known", "a quota"],
+)
+def test_cores_that_share_a_physical_one_count_once(machine, monkeypatch, files, allowed, cores):
+    machine.update(files)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(allowed), raising=False)
+    assert limits.physical_cores() == cores
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def train(folder, reporter=None, **options):
     [
         {"model": "resnet18", "batch_size": 1},
         {"model": "resnet18", "batch_size": 4, "accumulate": 4},
-        {"model": "resnet50", "batch_size": 8, "accumulate": 8},
+        {"model": "resnet18", "batch_size": 8, "accumulate": 8},
         {"model": "resnet18", "size": 64, "grow_from": 16, "batch_size": 1},
     ],
 )
@@ -60,7 +60,7 @@ def test_one_value_per_channel_is_refused_before_the_first_step(tmp_path, option
     [
         {"model": "vit-tiny-16", "width": None, "depth": 2, "size": 32},
         {"model": "resnet20", "size": 32},
-        {"model": "convnext_tiny", "width": None, "size": 32},
+        {"model": "convnext-atto", "depth": 4, "size": 32},
     ],
 )
 def test_networks_that_run_on_one_image_are_trained_on_one(tmp_path, options):

@@ -196,20 +196,23 @@ def test_an_onnx_file_is_used_by_its_metadata_alone(special, tmp_path):
         assert abs(shifted.max() / shifted.sum() - own.probability) < 0.1
 
 
+SHAPE = {"depth": 8, "width": 4}
+
+
 def train_from(weights: Path | str, folder: Path, **options):
     """A short run from weights; returns its preprocessing and its notes."""
     images = folder / "images"
     if not images.exists():
         stripes(images, 6)
     notes = Notes()
-    recipe = sw.Recipe(images, model="resnet20", size=16, channels=3, epochs=1, start=weights, **options)
+    recipe = sw.Recipe(images, model="resnet20", **SHAPE, size=16, channels=3, epochs=1, start=weights, **options)
     sw.train(recipe, folder / "run", reporter=notes, overwrite=True)
     return sw.from_pretrained(folder / "run").preprocessing, notes.notes
 
 
 def weights(folder: Path, header: dict | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    network = sw.build("resnet20", classes=2)
+    network = sw.build("resnet20", **SHAPE, classes=2)
     metadata = {name: json.dumps(value) for name, value in (header or {}).items()}
     save_file(dict(network.state_dict()), folder / "w.safetensors", metadata)
     return folder / "w.safetensors"

@@ -14,7 +14,7 @@ import skipway as sw
 from benchmarks import parity
 from benchmarks.peers import difference, import_timm, import_torchvision, import_transformers, randomise_
 from skipway.install_lines import library_line
-from skipway.models import families
+from skipway.models import families, find_config
 from skipway.models.resnet import CONV_KIT, pooled_projection
 from skipway.models.resnet import aliases as resnet
 from skipway.models.vit import aliases as vit
@@ -112,6 +112,18 @@ def test_a_bare_resnet26_is_timm_s_and_the_dial_is_cifar_s():
 def test_an_alias_takes_options_and_a_depth():
     config = sw.build("resnet50d.ra2_in1k", depth=101, classes=10, device="meta").config
     assert (config.blocks, config.stem, config.shortcut, config.classes) == ((3, 4, 23, 3), "deep", "pooled", 10)
+
+
+@pytest.mark.parametrize(("name", "depth"), [("convnextv2_small", 18), ("vit_small_patch16_36x1_224", 6)])
+def test_a_depth_goes_before_the_blocks_of_an_alias(name, depth):
+    assert sw.build(name, depth=depth, device="meta").config.depth == depth
+    assert find_config(name, depth)[1].depth == depth
+
+
+def test_blocks_of_another_depth_than_the_given_one_are_refused():
+    with pytest.raises(sw.SkipwayError, match="depth=6, blocks=12: these blocks make a depth of 12"):
+        sw.build("vit", depth=6, blocks=12, device="meta")
+    assert sw.build("vit", depth=6, blocks=6, device="meta").config.blocks == 6
 
 
 # The parts ----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,9 @@ from torch import nn
 
 import skipway as sw
 from benchmarks.twin import ClassicBottleneck, ClassicResNet
+from skipway.checkpoint.state import load_model_state
 from skipway.weights import KeyRule, export_names, match
+from skipway.weights.forms import describe_forms
 
 
 @given(st.integers(0, 99), st.integers(0, 9999), st.integers(1, 3), st.sampled_from(["weight", "bias", "a.b.c"]))
@@ -542,3 +544,78 @@ def test_extra_state_of_two_modules_that_return_one_tensor():
     state = {name: tensor for name, tensor in shared.state_dict().items() if name.startswith("b")}
     sw.load(shared, {**state, "b._extra_state": torch.full((1,), 3.0)})  # a file that holds each tensor once
     assert float(shared["a"].kept) == 3
+
+
+VIT = {"dim": 16, "blocks": 1, "heads": 2, "image": 32, "classes": 3}
+
+
+@pytest.mark.parametrize("option", [{"norm": "sandwich"}, {"scheme": "perinorm"}])
+def test_two_norms_do_not_take_one_name(option):
+    """timm's block has one norm per branch: a file of it is another network, and an export would lose a norm."""
+    model = sw.build("vit-small-16", **VIT, **option)
+    with pytest.raises(sw.CheckpointError, match="one name, 'blocks.0.norm1.weight', for"):
+        export_names(model, "timm")
+    with pytest.raises(sw.CheckpointError, match="of the same name in the file as another parameter"):
+        sw.load(model, export_names(sw.build("vit-small-16", **VIT), "timm"), names="timm")
+
+
+SWIN = {"dim": 8, "heads": 1, "blocks": (1, 1, 1, 1), "window": 2, "image": 64, "classes": 3}
+
+
+@pytest.mark.parametrize("names", ["timm", "torchvision", "huggingface"])
+def test_norms_elsewhere_than_in_swin_v1_and_v2_are_another_network(names):
+    state = export_names(sw.build("swin-tiny", **SWIN), names)
+    for norm in ("respost", "sandwich"):
+        with pytest.raises(sw.CheckpointError, match=f"norm='{norm}'"):
+            sw.load(sw.build("swin-tiny", **SWIN, norm=norm), state, names=names)
+
+
+class Halving(nn.Linear):
+    """A map whose state dict has another number than it computes with."""
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = destination[f"{prefix}weight"] / 2
+
+
+@pytest.mark.parametrize("load", [sw.load, load_model_state])
+def test_a_state_dict_of_copies_is_not_written_into(load):
+    model = nn.Sequential(Halving(2, 2))
+    before = model[0].bias.clone()
+    state = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    with pytest.raises(sw.CheckpointError, match=r"'0.weight' cannot be loaded: state_dict\(\) returns a copy"):
+        load(model, state)
+    assert torch.equal(model[0].bias, before)
+
+
+@pytest.mark.parametrize("names", ["torchvision", "huggingface"])
+def test_a_pooled_shortcut_is_timm_s_alone(names):
+    model = sw.build("resnet-imagenet14", block="bottleneck", shortcut="pooled", classes=3)
+    with pytest.raises(sw.CheckpointError, match="shortcut='pooled'"):
+        export_names(model, names)
+    with pytest.raises(sw.CheckpointError, match="shortcut='pooled'"):
+        sw.load(model, {}, names=names)
+    assert export_names(model, "timm")
+
+
+@pytest.mark.parametrize("act", ["quickgelu", "tanhgelu"])
+def test_torchvision_has_the_exact_gelu_alone(act):
+    with pytest.raises(sw.CheckpointError, match=f"act='{act}'"):
+        export_names(sw.build("vit-small-16", **VIT, act=act), "torchvision")
+
+
+def test_an_orthogonal_sum_is_nowhere_else():
+    with pytest.raises(sw.CheckpointError, match="nothing like"):
+        export_names(sw.build("vit-small-16", **VIT, scheme="orthogonal"), "timm")
+
+
+def test_a_mask_alone_is_not_pruning():
+    assert not describe_forms(["layers.0.blocks.1.attn_mask", "layers.0.blocks.1.attn.qkv.weight"])
+    assert "pruned" in describe_forms(["fc.weight_mask", "fc.weight_orig"])[0]
+
+
+def test_a_network_s_own_n_averaged_is_loaded():
+    source, model = nn.Linear(2, 2), nn.Linear(2, 2)
+    for each, count in ((source, 3), (model, 0)):
+        each.register_buffer("n_averaged", torch.tensor(count))
+    assert int(sw.load(model, source.state_dict()).n_averaged) == 3

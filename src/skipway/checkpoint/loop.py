@@ -6,12 +6,14 @@ import copy
 import math
 import random
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from skipway.checkpoint.state import clean_name, is_sharded
@@ -20,11 +22,14 @@ from skipway.errors import CheckpointError, counted, printable
 from skipway.nn import warmup_state
 from skipway.tracing import unwrap
 from skipway.validation import is_whole
+from skipway.weights.prefixes import EXTRA
 
 __all__ = ["LoopCheckpoints"]
 
 TAG = "__skipway__"
 """The only key of a JSON object that stands for a value that JSON lacks."""
+METADATA = "__metadata__"
+"""The entry of the metadata of the modules' state dicts: versions, by which they read older ones."""
 RANDOM, CLASSES = "random", "classes"
 """The entries of the random number generators and of the parts' classes, beside those of the parts."""
 
@@ -84,8 +89,8 @@ class LoopCheckpoints:
         """
         if not is_whole(step, 0):
             raise CheckpointError(f"step={step!r}: the rule is a whole number from 0 on")
-        later = max(self.store.steps(), default=0)
-        if later > step and (self.reached is None or step < self.reached):
+        later = max(self.store.steps(), default=-1)
+        if later >= step and (self.reached is None or step < self.reached):
             raise CheckpointError(
                 f"step={step}: {printable(self.store.folder)} holds a checkpoint of step {later}, which would be "
                 "replaced; begin with resume(), or give another folder"
@@ -102,6 +107,7 @@ class LoopCheckpoints:
         state = {name: encode(find_state(name, part)[0](), name, tensors) for name, part in self.parts.items()}
         state[RANDOM] = encode(random_state(), RANDOM, tensors)
         state[CLASSES] = self.classes
+        state[METADATA] = {name: metadata_of(self.parts[name]) for name in self.parts.keys() - self.classes.keys()}
         self.store.save(Snapshot(int(step), {"parts": tensors}, state))
         self.reached = int(step)
 
@@ -122,7 +128,7 @@ class LoopCheckpoints:
         snapshot, damaged = self.store.newest()
         for sentence in damaged:
             warnings.warn(sentence, stacklevel=2)
-        stored = {name for name in snapshot.state if name not in (RANDOM, CLASSES)}
+        stored = {name for name in snapshot.state if name not in (RANDOM, CLASSES, METADATA)}
         if stored != set(self.parts):
             raise CheckpointError(
                 f"{printable(self.store.folder)} holds {', '.join(sorted(stored))}, and the parts here are "
@@ -138,6 +144,9 @@ class LoopCheckpoints:
         states = {name: decode(value, tensors) for name, value in snapshot.state.items()}
         for name, part in self.parts.items():
             check_names(self.store.folder, name, part, states[name])
+            if isinstance(part, torch.nn.Module) and isinstance(states[name], Mapping):
+                states[name] = OrderedDict(states[name])
+                states[name]._metadata = states.get(METADATA, {}).get(name) or metadata_of(part)
         before = {name: copy.deepcopy(find_state(name, self.parts[name])[0]()) for name in self.classes}
         for name in (*self.classes, *(self.parts.keys() - self.classes.keys())):  # modules, which were checked, last
             part = self.parts[name]
@@ -150,6 +159,13 @@ class LoopCheckpoints:
                     f"{printable(self.store.folder)}: the state of step {snapshot.step} does not fit {name}: {error}; "
                     "build it as it was, or give another folder"
                 ) from error
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            warnings.warn(
+                f"{counted(dist.get_world_size(), 'process', 'processes')} resume with the random states of the one "
+                "that saved, so that all draw the same numbers, and other ones than without the interruption; let "
+                "what is drawn follow from rank and step: torch.manual_seed(seed + rank)",
+                stacklevel=2,
+            )
         set_random_state(states[RANDOM])
         self.reached = snapshot.step
         return snapshot.step
@@ -179,7 +195,8 @@ def check_names(folder: Path, name: str, part: Any, state: Any) -> None:
     odd = set(own.keys() ^ state.keys()) | {
         key
         for key in own.keys() & state.keys()
-        if isinstance(own[key], Tensor)
+        if key.rpartition(".")[2] != EXTRA
+        and isinstance(own[key], Tensor)
         and isinstance(state[key], Tensor)
         and (own[key].shape, own[key].dtype) != (state[key].shape, state[key].dtype)
     }
@@ -189,6 +206,11 @@ def check_names(folder: Path, name: str, part: Any, state: Any) -> None:
             f"{printable(folder)}: the stored {name} is another network; {len(odd)} names, shapes or types differ, "
             f"{listed}; build it as it was, or give another folder"
         )
+
+
+def metadata_of(module: torch.nn.Module) -> dict[str, Any]:
+    """The metadata of a module's state dict, by paths: the versions."""
+    return {path: dict(each) for path, each in getattr(module.state_dict(), "_metadata", {}).items()}
 
 
 def random_state() -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from skipway.errors import CheckpointError, printable
 from skipway.tracing import unwrap
-from skipway.weights.extra_state import extra_state_owners, write_state
+from skipway.weights.extra_state import extra_state_owners, refuse_copies, write_state
 from skipway.weights.prefixes import INSERTED
 
 if dist.is_available():
@@ -108,8 +108,8 @@ def load_model_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     Every rank passes full tensors or its own shards. On a mismatch nothing is changed.
 
     Raises:
-        CheckpointError: names, shapes or dtypes differ, a `set_extra_state` fails, or a module has `get_extra_state`
-            without it.
+        CheckpointError: names, shapes or dtypes differ, a `set_extra_state` fails, a module has `get_extra_state`
+            without it, or its `state_dict()` returns copies.
     """
     targets, owners = model_state(model, gather=False), extra_state_owners(model)
     lost, strange = sorted(set(targets) - set(tensors)), sorted(set(tensors) - set(targets))
@@ -128,7 +128,10 @@ def load_model_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         else (name, local_tensor(place_like(tensors[name], target)))
         for name, target in targets.items()
     )
-    write_state({name: local_tensor(target) for name, target in targets.items()}, values, owners)
+    places = {name: local_tensor(target) for name, target in targets.items()}
+    again = model_state(model, gather=False)
+    refuse_copies(places, {name: local_tensor(target) for name, target in again.items()}, owners)
+    write_state(places, values, owners)
 
 
 def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:

@@ -60,7 +60,8 @@ def doctor(*, json: Flag = False) -> int:
     say("torch", f"built for {checkup.build}, products by {checkup.blas}, {counted(checkup.threads, 'thread')}")
     say("processor", f"{checkup.instructions}{', ' * bool(checkup.precisions)}{', '.join(checkup.precisions)}")
     memory = "unknown" if checkup.memory is None else f"{checkup.memory / 1e9:.1f} GB free"
-    load = "" if checkup.load is None else f", load {checkup.load:.1f} on {counted(checkup.cores, 'core')}"
+    load = "" if checkup.load is None else f", load {checkup.load:.1f} on {counted(checkup.machine, 'core')}"
+    load += f", of which {checkup.cores} may be used" * (checkup.cores < checkup.machine)
     say("memory", f"{memory}{load}")
     say("GPU", ", ".join(checkup.devices) or "none")
     say("compiler", f"{checkup.compiler or 'none'}{'' if checkup.headers else ', no headers of Python'}")

@@ -23,7 +23,7 @@ from skipway.optim.schedules import set_lr
 from skipway.probes.measures import distinctness, rms
 from skipway.probes.objective import output_heads
 from skipway.tracing.containers import tensors_in
-from skipway.tracing.module_state import detach_attributes
+from skipway.tracing.module_state import detach_attributes, write_values
 from skipway.tracing.restoration import restored
 
 __all__ = ["LookAhead", "Trial"]
@@ -175,10 +175,9 @@ class Trial:
         held = [parameter.grad for parameter in self.parameters]
         with restored([self.put_back_weights, lambda: self.put_back_gradients(held)]):
             self.put_in_weights()
-            with torch.no_grad():
-                for name, buffer in self.subject.model.named_buffers():
-                    if name in self.buffers:
-                        buffer.copy_(self.buffers[name])
+            for name, buffer in self.subject.model.named_buffers():
+                if name in self.buffers:
+                    write_values(buffer, self.buffers[name])
             yield
             self.buffers = {name: buffer.detach().clone() for name, buffer in self.subject.model.named_buffers()}
             self.take_out_weights()

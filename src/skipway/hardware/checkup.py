@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from skipway.errors import counted
-from skipway.hardware.limits import available_memory, cpu_count, shared_memory
+from skipway.hardware.limits import available_memory, cpu_count, physical_cores, shared_memory
 from skipway.hardware.processor import cpu_name, cpu_precisions
 
 __all__ = ["Checkup", "Speeds", "check_machine"]
@@ -55,8 +55,11 @@ class Checkup:
 
     Args:
         processor: its name.
-        cores: that this process may use.
-        load: processes that ran or waited to run, in the mean of the last minute; None where the system does not say.
+        cores: that this process may use, those that share a physical core counted each.
+        physical: physical cores among them, as many as torch starts threads by itself on x86.
+        machine: cores of the whole machine, of which a container may have a part.
+        load: processes on the whole machine that ran or waited to run, in the mean of the last minute; None where the
+            system does not say.
         instructions: the widest vector instructions that torch uses.
         precisions: instructions of the processor for small numbers.
         memory: bytes that can still be allocated.
@@ -74,6 +77,8 @@ class Checkup:
 
     processor: str
     cores: int
+    physical: int
+    machine: int
     load: float | None
     instructions: str
     precisions: tuple[str, ...]
@@ -92,8 +97,11 @@ class Checkup:
     def causes(self) -> Iterator[str]:
         """Sentences about what is slow, or does not work, and what to do."""
         yield from self.thread_causes()
-        if self.load is not None and self.load > 1.5 * self.cores:
-            yield f"{self.load:.1f} processes share {counted(self.cores, 'core')}: every time measured now is too long"
+        if self.load is not None and self.load > 1.5 * self.machine:
+            yield (
+                f"{self.load:.1f} processes share the {counted(self.machine, 'core')} of this machine: every time "
+                "measured now is too long"
+            )
         if "oneDNN" not in self.blas:
             yield "this torch has no oneDNN: convolutions are several times slower; install a build of pytorch.org"
         ratio = self.speeds.bfloat16 / self.speeds.product
@@ -117,16 +125,16 @@ class Checkup:
 
     def thread_causes(self) -> Iterator[str]:
         """Sentences about the number of threads."""
-        if self.threads < self.cores:
-            named = self.settings.get("OMP_NUM_THREADS")
-            why = f"since OMP_NUM_THREADS={named}" if named else "as was set"
-            cores = counted(self.cores, "core")
-            yield f"torch computes with {self.threads} of {cores}, {why}: OMP_NUM_THREADS={self.cores}"
+        # both are obeyed, the first before the second
+        setting = next((name for name in ("MKL_NUM_THREADS", "OMP_NUM_THREADS") if name in self.settings), None)
+        why = f", since {setting}={self.settings[setting]}" if setting else ""
+        setting = setting or "OMP_NUM_THREADS"
+        if self.threads < self.physical:
+            cores = counted(self.physical, "core")
+            yield f"torch computes with {self.threads} of {cores}{why}: {setting}={self.physical}"
         if self.threads > self.cores:
-            yield (
-                f"{self.threads} threads wait for each other on {counted(self.cores, 'core')}: "
-                f"OMP_NUM_THREADS={self.cores}"
-            )
+            cores = counted(self.cores, "core")
+            yield f"{self.threads} threads wait for each other on {cores}{why}: {setting}={self.cores}"
         if self.threads > 1 and self.speeds.product < USEFUL * self.speeds.one_thread:
             yield (
                 f"{self.threads} threads are no faster than one ({self.speeds.product:.0f} against "
@@ -148,6 +156,8 @@ def check_machine() -> Checkup:
     return Checkup(
         processor=cpu_name(),
         cores=cpu_count(),
+        physical=physical_cores(),
+        machine=os.cpu_count() or 1,
         load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         instructions=torch.backends.cpu.get_cpu_capability(),
         precisions=cpu_precisions(),

@@ -11,11 +11,12 @@ import os
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
-__all__ = ["available_memory", "cpu_count", "limit_threads", "resident_memory", "shared_memory"]
+__all__ = ["available_memory", "cpu_count", "limit_threads", "physical_cores", "resident_memory", "shared_memory"]
 
 GROUPS = "/sys/fs/cgroup"
 OWN_GROUPS = "/proc/self/cgroup"
 SHARED_MEMORY = "/dev/shm"
+SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 
 
 def cpu_count() -> int:
@@ -27,9 +28,25 @@ def cpu_count() -> int:
     return max(1, min([allowed_cores(), *(math.ceil(quota) for quota in cpu_quotas())]))
 
 
+def physical_cores() -> int:
+    """The number of physical cores that this process may use, of which each may count twice in `cpu_count`; where the
+    system does not say which do, all are taken to.
+
+    >>> 1 <= physical_cores() <= cpu_count()
+    True
+    """
+    shared = [read_text(SIBLINGS.format(number)) for number in allowed_numbers()]
+    return min(cpu_count(), len(set(shared)) if shared and all(shared) else math.ceil(allowed_cores() / 2))
+
+
 def allowed_cores() -> int:
     """The number of cores that the scheduler may run this process on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(allowed_numbers()) or os.cpu_count() or 1
+
+
+def allowed_numbers() -> list[int]:
+    """The numbers of the cores that the scheduler may run this process on; empty where the system does not say."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
 def cpu_quotas() -> Iterator[float]:

@@ -7,7 +7,7 @@ from functools import cache
 
 from skipway.hardware.limits import read_text
 
-__all__ = ["cpu_name", "cpu_precisions", "has_amx"]
+__all__ = ["cpu_flags", "cpu_name", "cpu_precisions", "has_amx"]
 
 # instructions for products of small numbers, as Linux names them
 PRECISIONS = (
@@ -33,9 +33,14 @@ def cpu_name() -> str:
     return names or platform.processor() or platform.machine()
 
 
+def cpu_flags() -> list[str]:
+    """The instructions of the CPU, as Linux names them; empty where the system does not say."""
+    return f"{cpu_field('flags')} {cpu_field('Features')}".split()
+
+
 def cpu_precisions() -> tuple[str, ...]:
     """The instructions of the CPU for products in bfloat16, float16 and int8, as Linux names them; none elsewhere."""
-    flags = f"{cpu_field('flags')} {cpu_field('Features')}".split()
+    flags = cpu_flags()
     return tuple(name for name in PRECISIONS if name in flags)
 
 

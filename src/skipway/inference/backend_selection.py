@@ -16,7 +16,7 @@ from skipway.errors import SkipwayError
 from skipway.inference.answer_check import AnswerChange, AnswerCheck
 from skipway.inference.backends import BACKENDS, INT8, ORIGINAL, Backend, Choice, Run, call_with
 from skipway.inference.batch_pieces import BatchAxes, build_run, find_batch_axes, halve, halve_whole, randomize
-from skipway.inference.hooks import copy_network, foreign_hook, share_hooks
+from skipway.inference.hooks import copy_network, share_hooks
 from skipway.inference.inputs import root_cause
 from skipway.inference.outputs import (
     has_numbers,
@@ -32,6 +32,7 @@ from skipway.surgery.fusion import fuse
 from skipway.surgery.preconditions import require_values
 from skipway.tracing.containers import map_tensors, tensors_in
 from skipway.tracing.example import copy_example
+from skipway.tracing.foreign_hooks import foreign_hook
 from skipway.tracing.module_state import differing_state, is_changed
 from skipway.tracing.samples import is_coarse
 from skipway.tracing.watch import watch

@@ -4,43 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from types import CellType, FunctionType, MethodType
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
-from torch.nn.utils.prune import BasePruningMethod
 
 from skipway.tracing.containers import ATOMS, own_attributes
+from skipway.tracing.foreign_hooks import TABLES, foreign_hook, is_foreign
 from skipway.tracing.module_state import copy_module, entries_by_name
 
-__all__ = ["copy_network", "foreign_hook", "share_hooks"]
+__all__ = ["copy_network", "share_hooks"]
 
 M = TypeVar("M", bound=nn.Module)
-TABLES = ("_forward_hooks", "_forward_pre_hooks")
-OWN = ("torch.", "skipway.", "transformers.")
-"""Where hooks come from that compute part of a network, such as weight norm, or collect what it returns, and this
-library's.
-"""
-
-
-def is_foreign(hook: Callable[..., Any]) -> bool:
-    """Whether a hook is neither torch's nor Skipway's.
-
-    >>> layer = nn.utils.spectral_norm(nn.Linear(2, 2))
-    >>> list(map(is_foreign, layer._forward_pre_hooks.values())), is_foreign(print)
-    ([False], True)
-    """
-    return not isinstance(hook, BasePruningMethod) and not (getattr(hook, "__module__", None) or "").startswith(OWN)
-
-
-def foreign_hook(model: nn.Module) -> str:
-    """The first module of a network with a foreign forward hook; empty where there is none."""
-    for name, module in model.named_modules():
-        if any(is_foreign(hook) for table in TABLES for hook in getattr(module, table).values()):
-            return name or "the model"
-    return ""
 
 
 def copy_network(model: M) -> M:

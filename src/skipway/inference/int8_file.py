@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from skipway.checkpoint.files import file_aside
 from skipway.errors import SkipwayError, printable
-from skipway.inference.answer_check import AnswerChange, AnswerCheck, points
+from skipway.inference.answer_check import AnswerChange, AnswerCheck
 from skipway.inference.backends import INT8, Choice, compile_openvino
 from skipway.inference.onnx import check_path
 from skipway.inference.predict import NetworkChoices, from_pretrained
@@ -82,11 +83,18 @@ def write_int8(
         MissingExtraError: nncf or openvino is not installed.
         CheckpointError: the weights cannot be used.
         DataError: the run's images have changed, or it has no validation images.
-        SkipwayError: top-1 falls by more than the limit, another suffix, or a file that computes something else.
+        SkipwayError: top-1 falls by more than the limit, another suffix, a `.bin` of that name without its `.xml`, or a
+            file that computes something else.
     """
     file = check_path(file)
     if file.suffix != ".xml":
         raise SkipwayError(f"{printable(file)}: the rule is the suffix .xml, OpenVINO's; .bin is written beside it")
+    weights = file.with_suffix(".bin")
+    if os.path.lexists(weights) and not os.path.lexists(file):
+        raise SkipwayError(
+            f"{printable(weights)} is there without {printable(file.name)}, and would be overwritten by the weights: "
+            "the rule is a name of which there are both files or neither; move it, or give another name"
+        )
     require_nncf()
     model, run = from_pretrained(path, **network), RunImages(path)
     remark_flips(run.preprocessing, remark)
@@ -103,7 +111,7 @@ def write_int8(
         progress=progress,
     )
     found = fast.quantized
-    if found is None or found.answer is None or found.outputs is None:
+    if found is None or found.outputs is None:
         raise SkipwayError(f"nothing is written: {fast.remark}")
     written = found.network()
     for name, value in build_metadata(path, run.preprocessing).items():
@@ -122,14 +130,12 @@ def write_int8(
                 f"{max(gap, single):.1e} of the largest output"
             )
         check = AnswerCheck(images, labels, limit, BATCH)
-        correct = int(check.correct_of(run_file).sum())
-        if found.answer.before - correct > limit * len(images) + 1e-9:
-            raise SkipwayError(
-                f"{printable(file.name)} in OpenVINO classifies {correct:,} of {len(images):,} validation images "
-                f"correctly, the network {found.answer.before:,}: that falls by more than {points(limit)}"
-            )
-    if found.answer.doubt:
-        remark(found.answer.doubt)
+        check.watch(model)
+        answer = check.change(run_file)
+        if not answer.kept:
+            raise SkipwayError(f"{printable(file.name)} in OpenVINO: {answer.refusal}")
+    if answer.doubt:
+        remark(answer.doubt)
     if fast.precision != INT8:
         remark(f"the file is no gain in speed here: {fast.remark}")
-    return Int8File(found.answer, len(found.layers), found.float_layers, found.rest, fast.remark)
+    return Int8File(answer, len(found.layers), found.float_layers, found.rest, fast.remark)

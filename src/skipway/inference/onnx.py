@@ -41,6 +41,10 @@ FURTHEST = 2**20
 """A side up to which a program has to hold that is said to take any."""
 
 
+class OpsetError(SkipwayError):
+    """A network cannot be written by this version of the operators, whatever its sides."""
+
+
 def export_onnx(
     model: nn.Module,
     example: Example,
@@ -182,6 +186,8 @@ def export_verified(
                 # traced at the largest, since sides of length 1 within the network would count as constants
                 write(model, file, at_least_two(others[-1]), True)
                 return verify(model, file, [*batches, *others])
+            except OpsetError:
+                raise
             except Exception as error:  # the exporter and the runtime raise whatever they like
                 fault = f"with free sides the export fails: {root_cause(error)}"
         try:
@@ -350,7 +356,7 @@ def write_onnx_file(
         refuse_limits(program.exported_program)
     written = program.model.opset_imports.get("", opset)
     if opset is not None and written != opset:
-        raise SkipwayError(f"{spell('opset', opset)}: this network can be written by opset {written}, not by this one")
+        raise OpsetError(f"{spell('opset', opset)}: this network can be written by opset {written}, not by this one")
     program.model.metadata_props.update(metadata)
     for node in program.model.graph.all_nodes():
         node.metadata_props.pop(STACK_TRACE, None)

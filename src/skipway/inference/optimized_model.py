@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 
 from skipway.checkpoint.files import write_atomically
 from skipway.errors import SkipwayError, counted, first_line, printable, suggest
+from skipway.hardware.processor import cpu_flags
 from skipway.inference.answer_check import AnswerChange, AnswerCheck, collect_images, collect_labelled
 from skipway.inference.backend_search import BackendSearch
 from skipway.inference.backend_selection import BackendComparison, BackendResult
@@ -398,7 +399,8 @@ def load_optimized(path: str | Path) -> OptimizedModel:
     Raises:
         MissingExtraError: its backend is not installed.
         SkipwayError: there is no such file, it is none of these files or cannot be unpickled, the backend fails or
-            differs here, or products of its 8-bit weights overflow on this processor.
+            differs here, or products of its 8-bit weights overflow on this processor, or may, where what it has is not
+            known.
     """
     path = Path(path)
     try:
@@ -413,9 +415,12 @@ def load_optimized(path: str | Path) -> OptimizedModel:
     if quantized is not None and "fits_any" not in vars(quantized):  # of older versions
         quantized = replace(quantized, fits_any=saturates_on(stored["machine"]["processor"]))
     if quantized is not None and saturates() and not quantized.fits_any:
+        effect = "overflow on this one, an x86 without VNNI"
+        if not cpu_flags():
+            effect = "overflow on an x86 without VNNI, which this one may be: only Linux says what a processor has"
         raise SkipwayError(
             f"path={printable(path)}: its weights have 8 bits, as it was made on another processor, and sums of their "
-            f"products overflow on this one, an x86 without VNNI; {AGAIN} here, which gives them 7 bits"
+            f"products {effect}; {AGAIN} here, which gives them 7 bits"
         )
     comparison = BackendComparison(stored["model"], stored["example"], quantized=quantized)
     if choice.backend != ORIGINAL:

@@ -240,7 +240,7 @@ def batch_scores(outputs: Tensor, labels: Tensor) -> Tensor:
 
 def saturates() -> bool:
     """Whether sums of two products of 8-bit integers overflow on this processor: x86 without VNNI adds them up in 16
-    bits. Weights then have 7 bits.
+    bits; so may any x86 where the system does not say what it has. Weights then have 7 bits.
     """
     return saturates_on(cpu_precisions())
 

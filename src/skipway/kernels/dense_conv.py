@@ -16,16 +16,10 @@ from skipway.hardware.processor import has_amx
 from skipway.kernels.autotune import Implementation, add_kernel, enabled
 from skipway.kernels.cast import at_least_float32, to_autocast
 from skipway.kernels.conv_gradients import convolution_gradients
+from skipway.kernels.layout import lay_out, memory_layout, output_layout
 from skipway.kernels.matmul import linear_weight_gradient
 from skipway.kernels.operator import Operator
-from skipway.kernels.patch_conv import (
-    filter_layout,
-    is_by_pixels,
-    output_layout,
-    patch_rows,
-    patches_forward,
-    patches_input_gradient,
-)
+from skipway.kernels.patch_conv import is_by_pixels, patch_rows, patches_forward, patches_input_gradient
 
 __all__ = ["convolve", "convolve_patches", "has_slow_weight_gradient", "product_may_pay"]
 
@@ -121,16 +115,15 @@ class ConvolutionBackward(Operator, name="convolution_backward"):
     ) -> tuple[Tensor, Tensor]:
         to_x, to_weight = x.new_empty(0), weight.new_empty(0)
         if needs_x:
-            layout = torch.channels_last if is_by_pixels(x) else torch.contiguous_format
             if cuts_patches(weight, stride, padding, by_rule):
                 found = patches_input_gradient(gradient, x, weight)
             else:
                 mask = (True, False, False)
                 found = convolution_gradients(gradient, x, weight, mask, stride=stride, padding=padding)[0]
-            to_x = found.contiguous(memory_format=layout)
+            to_x = found.contiguous(memory_format=memory_layout(x))
         if needs_weight:
             compute = weight_gradient_by_product if by_rule else convolution_weight_gradient
-            to_weight = compute(gradient, x, weight, stride, padding).contiguous(memory_format=filter_layout(weight))
+            to_weight = compute(gradient, x, weight, stride, padding).contiguous(memory_format=memory_layout(weight))
         return to_x, to_weight
 
     @staticmethod
@@ -144,11 +137,10 @@ class ConvolutionBackward(Operator, name="convolution_backward"):
         needs_x: bool,
         needs_weight: bool,
     ) -> tuple[Tensor, Tensor]:
-        layout = torch.channels_last if is_by_pixels(x) else torch.contiguous_format
-        to_x = torch.empty_like(x, memory_format=layout) if needs_x else x.new_empty(0)
+        to_x = torch.empty_like(x, memory_format=memory_layout(x)) if needs_x else x.new_empty(0)
         if not needs_weight:
             return to_x, weight.new_empty(0)
-        return to_x, torch.empty_like(weight, memory_format=filter_layout(weight))
+        return to_x, torch.empty_like(weight, memory_format=memory_layout(weight))
 
 
 class Convolution(Operator, name="convolution"):
@@ -160,12 +152,12 @@ class Convolution(Operator, name="convolution"):
             y = patches_forward(x, weight, bias)
         else:
             y = F.conv2d(x, weight, bias, stride, padding)
-        return y.contiguous(memory_format=output_layout(x, weight))
+        return lay_out(y, output_layout(x, weight))
 
     @staticmethod
     def fake(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, by_rule: bool) -> Tensor:
         sides = output_sides(x, weight, stride, padding)
-        return x.new_empty(x.shape[0], weight.shape[0], *sides).contiguous(memory_format=output_layout(x, weight))
+        return lay_out(x.new_empty(x.shape[0], weight.shape[0], *sides), output_layout(x, weight))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -13,18 +13,13 @@ from skipway.kernels import triton_launch
 from skipway.kernels.autotune import Implementation, add_kernel, enabled
 from skipway.kernels.cast import to_autocast
 from skipway.kernels.conv_gradients import convolution_gradients
+from skipway.kernels.layout import lay_out, memory_layout, output_layout
 from skipway.kernels.operator import Operator
 
 __all__ = ["depthwise"]
 
 TILE = 7
 """Side of the tiles of a map in the weight's gradient by matrix products."""
-
-
-def memory_format_of(x: Tensor) -> torch.memory_format:
-    """Return the layout of a map; `contiguous_format` where it has neither of the two."""
-    by_pixels = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if by_pixels else torch.contiguous_format
 
 
 def depthwise_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -34,9 +29,8 @@ def depthwise_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
 
 def depthwise_in_other_layout(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Convolve in the layout that x does not have: one layout may cost more than two copies and the other."""
-    layout = memory_format_of(x)
-    other = torch.contiguous_format if layout == torch.channels_last else torch.channels_last
-    return depthwise_reference(x.contiguous(memory_format=other), weight, bias).contiguous(memory_format=layout)
+    other = torch.contiguous_format if memory_layout(x) == torch.channels_last else torch.channels_last
+    return lay_out(depthwise_reference(lay_out(x, other), weight, bias), output_layout(x, weight))
 
 
 depthwise_forward = add_kernel(
@@ -115,27 +109,27 @@ class DepthwiseBackward(Operator, name="depthwise_backward"):
     ) -> tuple[Tensor, Tensor]:
         to_x, to_weight = x.new_empty(0), weight.new_empty(0)
         if needs_x:
-            to_x = depthwise_input_gradient(gradient, x, weight).contiguous(memory_format=memory_format_of(x))
+            to_x = depthwise_input_gradient(gradient, x, weight).contiguous(memory_format=memory_layout(x))
         if needs_weight:
             to_weight = depthwise_weight_gradient(gradient, x, weight).contiguous()
         return to_x, to_weight
 
     @staticmethod
     def fake(gradient: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool) -> tuple[Tensor, Tensor]:
-        to_x = torch.empty_like(x, memory_format=memory_format_of(x)) if needs_x else x.new_empty(0)
+        to_x = torch.empty_like(x, memory_format=memory_layout(x)) if needs_x else x.new_empty(0)
         return to_x, weight.new_empty(weight.shape if needs_weight else 0)
 
 
 class Depthwise(Operator, name="depthwise"):
-    """The convolution, in the layout of x."""
+    """The convolution, in the layout that torch's has."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return depthwise_forward(x, weight, bias).contiguous(memory_format=memory_format_of(x))
+        return lay_out(depthwise_forward(x, weight, bias), output_layout(x, weight))
 
     @staticmethod
     def fake(x: Tensor, weight: Tensor, bias: Any) -> Tensor:
-        return torch.empty_like(x, memory_format=memory_format_of(x))
+        return torch.empty_like(x, memory_format=output_layout(x, weight))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

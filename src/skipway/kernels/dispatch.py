@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 
 from skipway.kernels.autotune import enabled, only, prescribed
@@ -117,7 +118,9 @@ def route_attention(
         return NotImplemented
     if attn_mask is not None and not (bias_fits(attn_mask, q, k) and len(attn_mask) in (1, len(q))):
         return NotImplemented
-    return attention(q, k, v, attn_mask, is_causal)
+    out = attention(q, k, v, attn_mask, is_causal)
+    plain = torch._fused_sdp_choice(q, k, v, attn_mask, dropout_p, is_causal) == SDPBackend.MATH.value
+    return out.contiguous() if plain else out  # as torch lays it out
 
 
 ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {

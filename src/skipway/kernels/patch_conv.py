@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from skipway.kernels.autotune import Implementation, add_kernel
 from skipway.kernels.conv_gradients import convolution_gradients
+from skipway.kernels.layout import lay_out, output_layout
 from skipway.kernels.matmul import linear_forward
 
 __all__ = ["multiply_patches", "patches_forward", "patches_input_gradient"]
@@ -18,16 +19,6 @@ __all__ = ["multiply_patches", "patches_forward", "patches_input_gradient"]
 def is_by_pixels(x: Tensor) -> bool:
     """Return whether a map's pixels are the rows of a matrix as they lie in memory."""
     return x.is_contiguous(memory_format=torch.channels_last)
-
-
-def filter_layout(weight: Tensor) -> torch.memory_format:
-    """The layout of a weight, and of its gradient; 1 × 1 filters have both."""
-    return torch.channels_last if is_by_pixels(weight) and not weight.is_contiguous() else torch.contiguous_format
-
-
-def output_layout(x: Tensor, weight: Tensor) -> torch.memory_format:
-    """The layout of what torch's convolution returns: channels-last where the map or a larger filter than 1 × 1 is."""
-    return torch.channels_last if is_by_pixels(x) else filter_layout(weight)
 
 
 def patch_rows(x: Tensor, side: int, stride: int | None = None) -> Tensor:
@@ -68,7 +59,7 @@ def multiply_patches(
     side = weight.shape[-1]
     y = product(patch_rows(x, side), filter_rows(weight), bias)
     y = y.view(len(x), x.shape[2] // side, x.shape[3] // side, -1).movedim(-1, 1)
-    return y.contiguous(memory_format=output_layout(x, weight))
+    return lay_out(y, output_layout(x, weight))
 
 
 def product_pays(x: Tensor, weight: Tensor) -> bool:

@@ -50,7 +50,7 @@ def attention_in_blocks(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, keep_weights: bool
 ) -> tuple[Tensor, Tensor]:
     """Compute a few images or rows at a time: their logits stay in the cache, and the bias is broadcast to images."""
-    out = q.new_empty(*q.shape[:-1], v.shape[-1])
+    out = empty_output(q, v)
     kept = q.new_empty(*q.shape[:-1], k.shape[-2]) if keep_weights else q.new_empty(0)
     hidden = hidden_rows(bias)
     for images, rows, keys in blocks(q, k, bias, causal):
@@ -61,6 +61,13 @@ def attention_in_blocks(
             kept[images, :, rows, keys] = weights
             kept[images, :, rows, keys.stop :] = 0
     return out, kept
+
+
+def empty_output(q: Tensor, v: Tensor) -> Tensor:
+    """Return an output without values: laid out as q, as torch's fused attention does, so that a network may view it as
+    it viewed q; contiguous where heads of values have another size.
+    """
+    return torch.empty_like(q) if q.shape[-1] == v.shape[-1] else q.new_empty(*q.shape[:-1], v.shape[-1])
 
 
 def hidden_rows(bias: Tensor | None) -> Tensor | None:
@@ -231,12 +238,13 @@ class AttentionOperator(Operator, name="attention"):
         q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, keep_weights: bool
     ) -> tuple[Tensor, Tensor]:
         out, kept = attention_forward(q, k, v, bias, causal, keep_weights)
-        return out.contiguous(), kept
+        like = empty_output(q, v)
+        return out if out.stride() == like.stride() else like.copy_(out), kept
 
     @staticmethod
     def fake(q: Tensor, k: Tensor, v: Tensor, bias: Any, causal: bool, keep_weights: bool) -> tuple[Tensor, Tensor]:
         kept = q.new_empty((*q.shape[:-1], k.shape[-2]) if keep_weights else 0)
-        return q.new_empty((*q.shape[:-1], v.shape[-1])), kept
+        return empty_output(q, v), kept
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -314,8 +322,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, causa
         causal: row t sees the keys up to t; T = S.
 
     Shapes: q (N, heads, T, d), k (N, heads, S, d), v (N, heads, S, e), B (1, heads, T, S), or (W, heads, T, S) where
-    image or window i takes B[i mod W] → (N, heads, T, e). First derivatives only; second derivatives exist under
-    `off()`.
+    image or window i takes B[i mod W] → (N, heads, T, e), laid out as q where e = d. First derivatives only; second
+    derivatives exist under `off()`.
 
     Raises:
         SkipwayError: the shapes do not fit, or a causal mask is given beside a bias or keys of another number.

@@ -114,13 +114,14 @@ def build(
         the network, in training mode, its frozen config as `.config`.
 
     Raises:
-        SkipwayError: unknown name or option (with suggestions), impossible depth (with the possible ones near it).
+        SkipwayError: unknown name or option (with suggestions), impossible depth (with the possible ones near it), or
+            blocks of another depth than the one given.
 
     >>> model = build("resnet", depth=110, scheme="zeroinit", classes=10)
     >>> model.config.branches, sum(p.numel() for p in model.parameters())
     (54, 1727962)
     """
-    name, options = resolve(name, options)
+    name, options = resolve(name, options, depth)
     family, config = find_config(name, depth)
     check_options(name, options, config)
     if scheme is not None:
@@ -128,6 +129,11 @@ def build(
     if "scheme" in options:
         options["scheme"] = read_scheme(options["scheme"])
     config = replace(config, **options)
+    if depth is not None and "blocks" in options and config.depth != depth:
+        raise SkipwayError(
+            f"depth={depth}, blocks={options['blocks']}: these blocks make a depth of {config.depth}; give "
+            "one of the two"
+        )
     with no_garbage_collection():
         with torch.device("meta"):
             network = family.module(config)
@@ -154,8 +160,9 @@ def no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def resolve(name: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """An entry point of timm or torchvision as our name and options; given options go before the alias's own.
+def resolve(name: str, options: Mapping[str, Any], depth: int | None = None) -> tuple[str, dict[str, Any]]:
+    """An entry point of timm or torchvision as our name and options; given options go before the alias's own,
+    and a depth, given by itself or among the options, before its blocks.
 
     timm's tag of the weights (`vit_small_patch16_224.augreg_in21k`) says nothing of the architecture.
 
@@ -169,6 +176,8 @@ def resolve(name: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]
     for family in families():
         if entry in family.aliases:
             ours, own = family.aliases[entry]
+            if depth is not None or "depth" in options:
+                own = {key: value for key, value in own.items() if key != "blocks"}
             return ours, {**own, **options}
     return name, options
 
@@ -197,7 +206,7 @@ def join_options(name: str, options: Mapping[str, Any]) -> str:
 
 def find_config(name: str, depth: int | None = None) -> tuple[Family, Any]:
     """The family and the config that a name, ours or an entry point of timm or torchvision, and a depth describe."""
-    ours, own = resolve(name, {})
+    ours, own = resolve(name, {}, depth)
     family, config = own_config(ours, depth)
     check_options(ours, own, config)
     if "scheme" in own:

@@ -31,12 +31,14 @@ class Call:
         args, kwargs: that it was called with.
         autocast: kinds of devices whose autocast was on, with its dtype.
         gradients: of the output's tensors, by their place; whole, or of the first samples where their axis is known.
+        numbers: among the output's tensors, by their place.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     autocast: tuple[tuple[str, torch.dtype], ...]
     gradients: dict[int, Tensor] = field(default_factory=dict)
+    numbers: dict[int, Tensor] = field(default_factory=dict)
 
     def example(self, model: nn.Module) -> Example:
         """The arguments in one of the forms of `as_example`, without the graph that they may come from.
@@ -175,6 +177,7 @@ class LastCall:
         # a parameter that is returned as it is would keep its hooks
         computed = {place: tensor for place, tensor in enumerate(tensors) if tensor.grad_fn is not None}
         self.listen_for_loss(loss_in(output, tensors), computed)
+        call.numbers = {place: each.detach().clone() for place, each in computed.items() if each.numel() == 1}
         for place, tensor in computed.items():
             if self.due or tensor.numel() * tensor.element_size() <= ROOM:
                 tensor.register_hook(GradientReceiver(self, call, place))

@@ -22,6 +22,7 @@ from skipway.probes.signals import to_floats
 from skipway.tracing import Example, call_model, preserved_state, unwrap
 from skipway.tracing.chain import Chain, WatchedConnection, chain
 from skipway.tracing.containers import tensors_in
+from skipway.tracing.module_state import version_of
 from skipway.tracing.paths import condense_paths
 from skipway.tracing.samples import SampleAxes, axis_of, find_sample_axes, has_axes
 
@@ -68,6 +69,9 @@ class SignalSampler:
     remarks: list[str] = field(default_factory=list)
     ready: bool = False
     labels: Counter[int] = field(default_factory=Counter)
+    summed: bool = False
+    means: dict[int, float] = field(default_factory=dict)
+    writes: bool = False
 
     def prepare(self, call: Call) -> None:
         """Find the axis of the samples and the connections, from the first call."""
@@ -119,8 +123,16 @@ class SignalSampler:
     def replay(self, call: Call) -> Iterator[tuple[Example, float]]:
         """Context in which the network may be called with the samples of a call, and is left as it was."""
         part, share = self.part(call.example(self.inner))
+        versions = [(name, each, version_of(each)) for name, each in self.inner.named_parameters()]
         with preserved_state(self.inner), call.precision(), torch.enable_grad():
             yield part, share
+        written = next((name for name, each, version in versions if version_of(each) != version), None)
+        if written is not None and not self.writes:
+            self.writes = True
+            self.remarks.append(
+                f"the forward pass writes into the parameter {written}, and every sample does so once more; keep such "
+                "values in a buffer, which is put back"
+            )
 
     def read(self, call: Call, scale: float = 1.0) -> Rows:
         """One forward and one backward pass over the samples of a call: a row for each connection or module.
@@ -134,6 +146,8 @@ class SignalSampler:
             with attention:
                 output = call_model(self.inner, part)
             outputs, gradients = self.seeds(call, output, share)
+            for gradient in gradients:
+                self.count_labels(gradient, scale)
             if outputs and probe.edges:
                 torch.autograd.grad(outputs, probe.edges, gradients, allow_unused=True)
             del output, outputs
@@ -152,8 +166,8 @@ class SignalSampler:
     def seeds(self, call: Call, output: Any, share: float) -> tuple[list[Tensor], list[Tensor]]:
         """The tensors of the output at which the backward pass begins, and the training's gradients there.
 
-        A single number among the outputs, such as a loss, is the mean over fewer samples here, so that its gradient is
-        multiplied by their share. One that no sample reaches, such as a temperature, carries no gradient to them.
+        A number among the outputs, such as a loss, that is a mean is one over fewer samples here, see `share_of`. One
+        that no sample reaches, such as a temperature, carries no gradient to them.
         """
         tensors = dict(enumerate(tensors_in(output)))
         pairs: list[tuple[Tensor, Tensor]] = []
@@ -163,15 +177,30 @@ class SignalSampler:
                 continue
             gradient = self.recorder.part(gradient) if gradient.shape != tensor.shape else gradient
             if gradient.shape == tensor.shape:
-                pairs.append((tensor, gradient.to(tensor.dtype) * (share if tensor.numel() == 1 else 1.0)))
+                factor = self.share_of(place, tensor, call, share) if tensor.numel() == 1 else 1.0
+                pairs.append((tensor, gradient.to(tensor.dtype) * factor))
         ancestors = computed_from([tensor for tensor, _ in pairs])
         pairs = [pair for number, pair in enumerate(pairs) if number not in ancestors]
-        for _, gradient in pairs:
-            self.count_labels(gradient)
         return [tensor for tensor, _ in pairs], [gradient for _, gradient in pairs]
 
-    def count_labels(self, gradient: Tensor) -> None:
-        """Count the labels of a cross-entropy, whose gradient p − y sums to 0 and is negative at the label alone."""
+    def share_of(self, place: int, number: Tensor, call: Call, share: float) -> float:
+        """What the gradient of a number of the output is multiplied by where only a share s of the samples is run.
+
+        ∂L/∂y of a mean grows by 1/s as the samples become fewer, and that of a sum does not. A mean hardly changes
+        itself, and a sum becomes s times as large: on which side of √s it is counts over all samples so far together.
+        """
+        whole = call.numbers.get(place)
+        ratio = float(number.detach()) / float(whole) if whole is not None and float(whole) else math.nan
+        if 0 < ratio < math.inf:
+            self.means[place] = self.means.get(place, 0.0) + math.log(ratio) - math.log(share) / 2
+        return 1.0 if self.means.get(place, 0.0) < 0 else share
+
+    def count_labels(self, gradient: Tensor, scale: float) -> None:
+        """Count the labels of a cross-entropy, whose gradient p − y sums to 0 and is negative at the label alone.
+
+        Of a mean, with weights of classes or without, the entries at the labels sum to 1 at most in size, Σ w (1 − p) /
+        Σ w. Where they are larger the loss is a sum, with which the entropy of a label cannot be compared.
+        """
         if gradient.ndim < 2 or not gradient.is_floating_point() or gradient.shape[1 if gradient.ndim == 4 else -1] < 2:
             return
         rows = (gradient.movedim(1, -1) if gradient.ndim == 4 else gradient).detach().flatten(0, -2).float()
@@ -181,12 +210,20 @@ class SignalSampler:
             low = rows.min(-1)
             if bool((low.values * -2 >= 0.9 * size).all()):
                 self.labels.update(low.indices.tolist())
+                if not self.summed and float(-low.values.sum()) > 1.02 * scale:  # bfloat16 rounds to 0.4 %
+                    self.summed = True
+                    self.remarks.append(
+                        "the gradients are larger than those of a mean over the labels, so the loss is not compared "
+                        "with that of the best constant answer: it is a sum, or scaled (give scaler=)"
+                    )
 
     @property
     def constant(self) -> float:
-        """Loss of the best constant answer, in nats: the entropy of the labels seen so far; NaN where none were."""
+        """Loss of the best constant answer, in nats: the entropy of the labels seen so far; NaN where none were, or
+        where the loss is no mean over them.
+        """
         count = sum(self.labels.values())
-        if count < 2 * len(self.labels) or not count:
+        if self.summed or count < 2 * len(self.labels) or not count:
             return math.nan
         entropy = -sum(n / count * math.log(n / count) for n in self.labels.values())
         return entropy + (len(self.labels) - 1) / (2 * count)  # Miller 1955: few samples make it small

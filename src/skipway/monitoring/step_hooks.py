@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.optim import Optimizer
 
 from skipway.errors import SkipwayError
 
-__all__ = ["StepHooks", "unwrapped_optimizer"]
+__all__ = ["StepHooks", "scaler_around", "unwrapped_optimizer"]
 
 
 def unwrapped_optimizer(optimizer: Any) -> Optimizer:
@@ -25,6 +26,15 @@ def unwrapped_optimizer(optimizer: Any) -> Optimizer:
     if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
         raise SkipwayError(f"optimizer={type(optimizer).__name__}: the rule is a torch.optim.Optimizer")
     return optimizer
+
+
+def scaler_around(optimizer: Any) -> Any:
+    """The GradScaler that a wrapper of an optimizer, such as Accelerate's, steps with; None where there is none."""
+    while not hasattr(optimizer, "_optimizer_step_pre_hooks") and hasattr(optimizer, "optimizer"):
+        if (scaler := getattr(optimizer, "scaler", None)) is not None:
+            return scaler
+        optimizer = optimizer.optimizer
+    return None
 
 
 class StepHook:
@@ -92,6 +102,10 @@ class StepHooks:
     ) -> None:
         self.count, self.before, self.after = len(optimizers), before, after
         self.stepped: set[int] = set()
+        self.begun = 0
+        """Steps of single optimizers so far."""
+        self.left_out: set[int] = set()
+        """The optimizers that have stepped, and those that a GradScaler has not let step, since the last step's end."""
         self.handles: list[Any] = []
         for optimizer in optimizers:
             self.handles.append(optimizer.register_step_pre_hook(StepHook(self.begin, again)))
@@ -99,6 +113,8 @@ class StepHooks:
 
     def begin(self, optimizer: Optimizer) -> None:
         """An optimizer is about to step."""
+        self.begun += 1
+        self.left_out.discard(id(optimizer))
         if self.stepped and id(optimizer) not in self.stepped:
             self.stepped.add(id(optimizer))
             return
@@ -107,9 +123,34 @@ class StepHooks:
 
     def end(self, optimizer: Optimizer) -> None:
         """An optimizer has stepped."""
-        if len(self.stepped) == self.count:
-            self.stepped = set()
+        if len(self.stepped | self.left_out) == self.count:
+            self.stepped, self.left_out = set(), set()
             self.after()
+
+    @contextmanager
+    def watching(self, scaler: Any, optimizers: Sequence[Optimizer], skipped: Callable[[], None]) -> Iterator[None]:
+        """Call `skipped` when a GradScaler, because of the gradients, has let none of the optimizers step."""
+        original, own = scaler.step, vars(scaler).get("step")
+
+        @wraps(original)
+        def step(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+            begun = self.begun
+            result = original(optimizer, *args, **kwargs)
+            if self.begun == begun and unwrapped_optimizer(optimizer) in optimizers:
+                self.left_out.add(id(unwrapped_optimizer(optimizer)))
+                if len(self.stepped | self.left_out) == self.count:
+                    ended = self.after if self.stepped else skipped
+                    self.stepped, self.left_out = set(), set()
+                    ended()
+            return result
+
+        scaler.step = step
+        try:
+            yield
+        finally:
+            if vars(scaler).get("step") is step:
+                del scaler.step
+                vars(scaler).update({} if own is None else {"step": own})
 
     def remove(self) -> None:
         """Remove the hooks."""

@@ -24,7 +24,7 @@ from skipway.monitoring.rules import EarlyWarning, Evidence
 from skipway.monitoring.sample import Rows, SignalSampler
 from skipway.monitoring.schedule import FIRST_WAIT, Schedule
 from skipway.monitoring.sinks import as_sinks
-from skipway.monitoring.step_hooks import StepHooks, unwrapped_optimizer
+from skipway.monitoring.step_hooks import StepHooks, scaler_around, unwrapped_optimizer
 from skipway.monitoring.step_log import StepLog, StepRecord
 from skipway.monitoring.updates import WeightSample, gradient_norms, parameters_by_connection
 from skipway.monitoring.warmup_clock import WarmupClock
@@ -67,8 +67,10 @@ def monitor(
             object with `log` or `log_metrics`, a function of a table, a list of those. None keeps them in memory.
         on_warning: is called with each `EarlyWarning`, and may raise an exception that ends the training; None:
             Python's `warnings`.
-        scaler: the loop's GradScaler, if it has one, whose scale gradients are divided by.
-        constant: loss of the best constant answer; None: the entropy of the labels, where the loss is a cross-entropy.
+        scaler: the loop's GradScaler, if it has one, whose scale gradients are divided by, and whose skipped steps do
+            not count; None: that of the optimizer's wrapper (Accelerate), if there is one.
+        constant: loss of the best constant answer; None: the entropy of the labels, where the loss is the mean of a
+            cross-entropy.
         step: steps that were taken before, of a training that is continued.
 
     Raises:
@@ -89,7 +91,10 @@ def monitor(
     (3, 'stages.0.0')
     """
     several = isinstance(optimizer, Sequence)
-    optimizers = [unwrapped_optimizer(each) for each in (optimizer if several else [optimizer])]
+    given = list(optimizer) if several else [optimizer]
+    optimizers = [unwrapped_optimizer(each) for each in given]
+    if scaler is None:
+        scaler = next(filter(None, map(scaler_around, given)), None)
     if not optimizers:
         raise SkipwayError("optimizer=[]: the rule is one torch.optim.Optimizer or more")
     if not is_whole(every, 1):
@@ -134,6 +139,8 @@ class Watch:
         self.first_rows: Rows = {}
         self.record: StepRecord | None = None
         self.pending_losses: list[Any] = []
+        self.skipped = False
+        """Whether a GradScaler left out the last step."""
         self.last_norms: Tensor | None = None
         self.clock = WarmupClock()
         self.began = self.left = math.nan
@@ -219,7 +226,10 @@ class Watch:
             except (TypeError, ValueError, OverflowError) as error:
                 kind = f"{type(loss).__name__} of shape {tuple(getattr(loss, 'shape', ()))}"
                 raise SkipwayError(f"log(loss=…): a {kind}; the rule is one number or a tensor of some") from error
-        if self.record is None or self.recorder is None or self.recorder.fresh:
+        fresh = self.recorder is None or self.recorder.fresh
+        if self.skipped and not fresh and self.recorder is not None and self.recorder.last is not None:
+            return
+        if self.record is None or fresh:
             self.pending_losses.append(value)
         else:
             kept = [] if self.record.own else self.record.losses
@@ -263,7 +273,10 @@ class Watch:
         self.recorder.due = True
         self.sampler = SignalSampler(self.model, self.recorder)
         self.stack.callback(self.recorder.close)
-        self.stack.callback(StepHooks(self.optimizers, self.before_step, self.after_step, self.forget_losses).remove)
+        hooks = StepHooks(self.optimizers, self.before_step, self.after_step, self.forget_losses)
+        self.stack.callback(hooks.remove)
+        if callable(getattr(self.scaler, "step", None)):
+            self.stack.enter_context(hooks.watching(self.scaler, self.optimizers, self.skip_step))
         model = type(self.sampler.inner).__name__
         settings = {"every": self.schedule.every, "budget": self.schedule.budget, "step": self.step}
         if self.names and set(self.names) == {OUTSIDE}:
@@ -307,6 +320,7 @@ class Watch:
         self.finish_step()
         self.look_for_groups()
         self.step += 1
+        self.skipped = False
         own = not self.pending_losses
         losses, self.pending_losses = self.pending_losses or recorder.own_losses, []
         recorder.forget_losses()
@@ -326,6 +340,12 @@ class Watch:
         if self.recorder is not None:
             self.recorder.forget_losses()
         self.pending_losses = []
+
+    def skip_step(self) -> None:
+        """A GradScaler has left out a whole step: its losses, those that are told after it too, are of no step."""
+        self.finish_step()
+        self.forget_losses()
+        self.skipped = True
 
     def after_step(self) -> None:
         """A step is over: the weights are new."""
@@ -418,6 +438,10 @@ class Watch:
         names = [each.name for each in sampler.connections] or list(sampler.modules)
         thing = "connections" if sampler.connections else "modules"
         self.journal.write("connections", thing=thing, names=names, setup_seconds=self.setup_seconds)
+        self.write_remarks(sampler)
+
+    def write_remarks(self, sampler: SignalSampler) -> None:
+        """Write the sampler's remarks, each once."""
         for text in sampler.remarks:
             self.journal.remark(text)
         sampler.remarks.clear()
@@ -451,6 +475,7 @@ class Watch:
             sampler.use_modules()
             self.write_connections(sampler)
             self.rows = sampler.read(call, self.scale())
+        self.write_remarks(sampler)
         self.weights = WeightSample(parameters_by_connection(sampler.inner, sampler.connections, sampler.modules))
 
     def attempt(self, action: Callable[[], Any]) -> bool:

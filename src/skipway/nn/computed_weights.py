@@ -35,8 +35,8 @@ def multiply_tensor(module: nn.Module, name: str, factor: float, rows: slice | N
     value = getattr(module, name, None)
     if not isinstance(value, Tensor):
         return True
-    parts = weight_norm_parts(module, name)
     stored = isinstance(value, nn.Parameter) or value is stored_weight(module, name)
+    parts = None if stored else weight_norm_parts(module, name)
     source = value if stored else None if parts is None else parts[0]
     if source is not None and (rows is None or source.shape[:1] == value.shape[:1]):
         (source if rows is None else source[rows]).mul_(factor)
@@ -122,16 +122,15 @@ def is_written(before: Tensor, wanted: Tensor, now: Tensor) -> bool:
 
 def computed_names(module: nn.Module) -> list[str]:
     """The names of the weights of a module that parametrizations, weight norm, spectral norm or pruning compute."""
-    hooked = [
-        name
-        for name, value in vars(module).items()
-        if isinstance(value, Tensor) and {f"{name}_g", f"{name}_orig"} & module._parameters.keys()
-    ]
+    sources = (name.removesuffix("_g").removesuffix("_orig") for name in module._parameters)
+    hooked = [name for name in dict.fromkeys(sources) if isinstance(vars(module).get(name), Tensor)]
     return [*parametrized_names(module), *hooked]
 
 
 def parametrized_names(module: nn.Module) -> list[str]:
     """The names of the weights of a module that torch's parametrizations compute."""
+    if "parametrizations" not in module._modules:  # so it is of nearly all, and torch looks longer
+        return []
     return list(module.get_submodule("parametrizations")._modules) if parametrize.is_parametrized(module) else []
 
 

@@ -17,6 +17,7 @@ class DropPath(nn.Module):
 
     Args:
         probability: p, with 0 ≤ p < 1.
+        axis: that holds the samples.
 
     >>> drop = DropPath(0.5)
     >>> sorted(set(drop(torch.ones(100, 3)).flatten().tolist()))
@@ -25,18 +26,22 @@ class DropPath(nn.Module):
     tensor([1., 1.])
     """
 
-    def __init__(self, probability: float) -> None:
+    axis: int = 0
+
+    def __init__(self, probability: float, axis: int = 0) -> None:
         super().__init__()
         if not 0.0 <= probability < 1.0:
             raise SkipwayError(f"probability={probability}: the rule is 0 <= p < 1; at 1 nothing would be left")
-        self.probability = probability
+        self.probability, self.axis = probability, axis
 
     def mask(self, x: Tensor) -> Tensor | None:
-        """The factor of each sample in this pass, m/(1-p) of shape (N, 1, …); None in evaluation mode."""
+        """The factor of each sample in this pass, m/(1-p) of shape (N, 1, …) for axis 0; None in evaluation mode."""
         if not self.training or self.probability == 0.0:
             return None
         keep = 1.0 - self.probability
-        mask = torch.empty((x.shape[0], *(1,) * (x.ndim - 1)), dtype=x.dtype, device=x.device)
+        shape = [1] * x.ndim
+        shape[self.axis] = x.shape[self.axis]
+        mask = torch.empty(shape, dtype=x.dtype, device=x.device)
         return mask.bernoulli_(keep).div_(keep)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,4 +49,4 @@ class DropPath(nn.Module):
         return x if mask is None else x * mask
 
     def extra_repr(self) -> str:
-        return f"{self.probability:g}"
+        return f"{self.probability:g}" + (f", axis={self.axis}" if self.axis else "")

@@ -31,6 +31,7 @@ class Site:
         uncounted: branches of the network that its paper does not count as depth (CaiT: class attention).
         spatial: axes after the channel axis: 2 for image maps (N, C, H, W), 0 for tokens (N, T, C).
         kind: what the branch does: "conv", "attention" or "mlp".
+        block: number of the block that the branch is in, from 0. None: two branches make one.
 
     >>> Site(dim=64, index=3, depth=16).position
     4
@@ -45,6 +46,7 @@ class Site:
     uncounted: int = 0
     spatial: int = 2
     kind: Kind = "conv"
+    block: int | None = None
 
     def __post_init__(self) -> None:
         if self.dim < 1:
@@ -56,6 +58,11 @@ class Site:
     def position(self) -> int:
         """l = index + 1, the papers' running number of the branch, 1 ≤ l ≤ L."""
         return self.index + 1
+
+    @property
+    def block_number(self) -> int:
+        """b = 1, 2, …, the papers' running number of the transformer block."""
+        return (self.index // 2 if self.block is None else self.block) + 1
 
     @property
     def outputs(self) -> int:

@@ -34,7 +34,7 @@ def branch_factors(model: nn.Module, example: Example | Program | None = None) -
         if not isinstance(residual, Residual):
             continue
         inside = f"{path}.scale".removeprefix(".")
-        own = [name for name in constants if name == inside or name.startswith(f"{inside}.")]
+        own = [name for name, _ in residual.scale.named_modules(prefix=inside) if name in constants]
         factors = reduce(mul, (constants.pop(name) for name in own), BranchFactors())
         if factors != BranchFactors():
             found |= {f"{path}.{name}".removeprefix("."): factors for name in names_in_branch(residual)}

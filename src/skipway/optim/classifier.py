@@ -13,8 +13,8 @@ from skipway.tracing import Program, Value
 
 __all__ = ["classifier_weights"]
 
-FOLLOWING = frozenset({"carry", "scale", "shift", "nonlinear", "softmax", "pool", "mean", "drop", "slice"})
-"""What may follow a classifier; no map and no norm."""
+FOLLOWING = frozenset({"carry", "scale", "shift", "nonlinear", "softmax", "pool", "upsample", "mean", "drop", "slice"})
+"""What may follow a classifier; no map and no norm. Scores of pixels may be resampled, with fixed weights."""
 
 
 def classifier_weights(model: nn.Module, program: Program | None, roles: Mapping[str, Role]) -> list[Tensor]:
@@ -33,22 +33,23 @@ def classifier_weights(model: nn.Module, program: Program | None, roles: Mapping
     if callable(said) and isinstance(weight := said(), nn.Parameter):
         return [weight]
     named = dict(model.named_parameters(remove_duplicate=False))
-    names = last_names(model, roles) if program is None else names_of_scores(program)
-    return [named[name] for name in names if name in named and named[name].ndim > 1]  # a program names buffers, too
+    names = last_names(model, roles) if program is None else names_of_scores(program, named)
+    return [named[name] for name in names if named[name].ndim > 1]
 
 
-def names_of_scores(program: Program) -> list[str]:
-    """What the scores are mapped by: from the first output back to the first maps on every way; empty where one comes
-    from other parts, as in a trunk.
+def names_of_scores(program: Program, named: Mapping[str, Tensor]) -> list[str]:
+    """The weights, of those that are `named`, that the scores are mapped by: from the first output back to the first
+    maps on every way; empty where one comes from other parts, as in a trunk.
     """
     outputs = (program[number] for number in program.returned.get("", {}).values())
     scores = next((value for value in outputs if value.floating and len(value.shape) > 1), None)
     waiting, names = [] if scores is None else [scores.number], dict[str, None]()
     while waiting:
         value = program[waiting.pop()]
-        if value.part == "map" and value.norm is None:
-            constants = (program[operand] for operand in value.operands if not program[operand].signal)
-            names.update((name, None) for constant in constants for name in sorted(constant.parameters))
+        constants = [program[operand] for operand in value.operands if not program[operand].signal]
+        own = [name for constant in constants for name in sorted(constant.parameters) if name in named]
+        if value.norm is None and (value.part == "map" or (value.part == "upsample" and own)):
+            names.update(dict.fromkeys(own))
         elif value.norm is None and (value.part in FOLLOWING or adds_scores(program, value)):
             waiting += program.signals(value)
         else:

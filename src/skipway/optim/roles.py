@@ -86,7 +86,7 @@ def parameter_roles(model: nn.Module, example: Example | Program | None = None) 
     embeddings: set[nn.Parameter] = set()
     parameters: dict[str, nn.Parameter] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        for name, parameter in module.named_parameters(recurse=False):
+        for name, parameter in module.named_parameters(recurse=False) if module._parameters else ():
             full = f"{path}.{name}" if path else name
             roles[full], parameters[full] = role_of(module, name), parameter
             if roles[full] == EMBEDDING:

@@ -3,6 +3,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from skipway.errors import SkipwayError, counted
 from skipway.nn import DenseResidual, LastExit
 from skipway.nn.kit import Kit
 from skipway.nn.site import Site
@@ -12,12 +13,32 @@ from skipway.validation import check_positive_int
 __all__ = ["DenseFormer"]
 
 
+def earlier_blocks(site: Site) -> int:
+    """The blocks before the one that a branch is in: of one convolutional branch, or of an attention and an MLP.
+
+    Raises:
+        SkipwayError: the branch is no part of such a block, as in a chain of MLPs alone.
+
+    >>> earlier_blocks(Site(dim=8, index=3, since=3, depth=4, kind="mlp"))
+    1
+    """
+    if site.kind == "conv":
+        return site.outputs
+    blocks, second = divmod(site.outputs, 2)
+    if second != (site.kind == "mlp"):
+        raise SkipwayError(
+            f"kind={site.kind!r} behind {counted(site.outputs, 'branch', 'branches')} of its shape: a block is an "
+            "attention and the MLP after it, so that an even number of branches precedes an attention and an odd one "
+            "an MLP; kind='conv' makes a block of each branch"
+        )
+    return blocks
+
+
 def mixed_outputs(site: Site, dilation: int, period: int) -> tuple[int, ...]:
     """Indices of the block outputs X that are mixed after a connection, X₀ what the blocks began with; none where no
     block ends, the period leaves the block out, or shapes change.
     """
-    branches = 1 if site.kind == "conv" else 2
-    block = site.outputs // branches + 1
+    block = earlier_blocks(site) + 1
     if site.kind == "attention" or site.entry != site.dim or block % period:
         return ()
     return tuple(range(block % dilation, block + 1, dilation))

@@ -44,15 +44,17 @@ def initialise_(
     """
     connections = chain(model)
     dressing = read_scheme(scheme) if scheme is not None else common_scheme([c.residual.scheme for c in connections])
-    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+    modules = list(model.named_modules())
+    held = (tensor for _, each in modules for tensor in (*each._parameters.values(), *each._buffers.values()))
+    if any(tensor is not None and tensor.is_meta for tensor in held):
         target = torch.device(torch.get_default_device() if device is None else device)
         model._apply(lambda tensor: empty_on(tensor, target))
     with torch.no_grad():
-        for name, module in model.named_modules():
+        for name, module in modules:
             if computed_names(module):  # tried on a copy, so that the model is as before where it is refused
                 with preserved_state(module):
                     reset(name, copy_module(module))
-        for name, module in model.named_modules():
+        for name, module in modules:
             reset(name, module)
         dressing.init_(connections)
     return model
@@ -66,11 +68,13 @@ def empty_on(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def reset(name: str, module: nn.Module) -> None:
-    """Reset what the module itself owns, and what its weights are computed from."""
+    """Reset what the module itself owns, and what its weights are computed from, where some are."""
     if isinstance(module, ParametrizationList):  # it was reset with the weight that is computed from it
         return
-    restart = getattr(module, "reset_parameters", None)
-    if callable(restart):
+    restart, computed = getattr(module, "reset_parameters", None), computed_names(module)
+    if callable(restart) and not computed:
+        restart()
+    elif callable(restart):
         with temporary_weights(module) as drawn:
             restart()
         for weight, values in drawn.items():
@@ -78,7 +82,7 @@ def reset(name: str, module: nn.Module) -> None:
                 continue
             if values.isnan().any() or not set_weight(module, weight, values):
                 raise computed_weight(f"the {weight} of {name or 'the model'}")
-    elif computed_names(module) or next(module.parameters(recurse=False), None) is not None:
+    elif computed or any(parameter is not None for parameter in module._parameters.values()):
         raise SkipwayError(
             f"{name or 'the model'} ({type(module).__name__}) holds parameters but has no reset_parameters(), so its "
             "starting state is unknown; define it"

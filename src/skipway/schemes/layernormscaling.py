@@ -19,7 +19,8 @@ class LayerNormScaling(Scheme):
     that scales the branches by depth as well (`depthscaled(how="init")`, `zeroinit`) takes the effect away (the README
     of the authors).
 
-    Depth: the number b counts transformer blocks; attention and MLP of a block have the same.
+    Depth: the number b counts transformer blocks; attention and MLP of a block have the same. In a network that exists
+    already `rescheme` counts the blocks of each stream, whichever branches they have.
 
     Decay and learning rate: no parameters of its own.
 
@@ -37,6 +38,7 @@ class LayerNormScaling(Scheme):
     norm_note: ClassVar[str] = "before the branch, scaled"
     when: ClassVar[str] = "pre-norm transformers of up to some 70 blocks whose last blocks do little"
     source: ClassVar[str] = "Sun et al. 2025"
+    numbers_blocks: ClassVar[bool] = True
     kinds: ClassVar[tuple[Kind, ...]] = ("attention", "mlp")
     refusal: ClassVar[str] = (
         "the norms inside a convolutional branch undo the factor; take a transformer, or scheme='depthscaled', which "
@@ -47,4 +49,4 @@ class LayerNormScaling(Scheme):
         return placement.to("pre")
 
     def enter(self, site: Site) -> Multiply:
-        return Multiply((site.index // 2 + 1) ** -0.5)
+        return Multiply(site.block_number**-0.5)

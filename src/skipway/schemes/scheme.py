@@ -59,6 +59,8 @@ class Scheme:
     """Paper and year, with the equation or table."""
     kinds: ClassVar[tuple[Kind, ...]] = ("conv", "attention", "mlp")
     """Kinds of branches that the scheme is for; others are refused."""
+    numbers_blocks: ClassVar[bool] = False
+    """Whether `enter` depends on the number of the block, `site.block_number`."""
     refusal: ClassVar[str] = ""
     """Why other kinds are refused, with a way out."""
 

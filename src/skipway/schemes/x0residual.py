@@ -6,6 +6,7 @@ from typing import ClassVar
 from skipway.nn import LastExit, StemResidual
 from skipway.nn.kit import Kit
 from skipway.nn.site import Site
+from skipway.schemes.denseformer import earlier_blocks
 from skipway.schemes.scheme import Scheme
 from skipway.validation import check_finite
 
@@ -48,6 +49,7 @@ class X0Residual(Scheme):
         check_finite("x0", self.x0)
 
     def streams(self, site: Site, kit: Kit | None = None) -> StemResidual:
+        earlier_blocks(site)  # refuses branches that make no blocks, before which nothing would be mixed
         return StemResidual(self.resid, self.x0, mixes=site.kind != "mlp", spatial=site.spatial)
 
     def restart(self, dim: int, spatial: int) -> LastExit:

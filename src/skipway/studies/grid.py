@@ -192,32 +192,35 @@ def measured_rows(rows: Sequence[Row]) -> list[Row]:
 def split_by_grid(study: Study, rows: Sequence[Row]) -> list[GridRows]:
     """Split the rows of a folder, which may be of several budgets and data sets, of which no mean may be taken.
 
-    Rows of an equal size belong to every grid that has it; a grid whose rows another one holds as well is left out.
+    Rows of an equal size belong to every grid that has it, and rows that the data do not change to the grid of every
+    data set that has their key; a grid whose rows another one holds as well is left out.
 
     Returns:
         the rows to judge first: those of the newest complete grid, or of the newest; of the same day those of the
         larger budget. Empty without rows.
     """
-    found: list[GridRows] = []
+    groups: list[tuple[Budget | None, str | None, list[Row]]] = []
     for source in dict.fromkeys(None if row.get("data") is None else str(row["data"]) for row in rows):
-        own = [row for row in rows if row.get("data") == source]
-        sizes = {
-            budget: {size_of(study, cell) for cell in study.cells(budget, Choices(data=source))} for budget in BUDGETS
+        grids = {budget: study.cells(budget, Choices(data=source)) for budget in BUDGETS}
+        keys = {cell.key for cells in grids.values() for cell in cells}
+        own = [row for row in rows if row.get("data") == source or row["key"] in keys]
+        sizes: dict[Budget, set[tuple[Value, ...]]] = {
+            budget: {size_of(study, cell) for cell in cells} for budget, cells in grids.items()
         }
-        groups: list[tuple[Budget | None, list[Row]]] = [
-            (budget, [row for row in own if size_of(study, row) in known]) for budget, known in sizes.items()
-        ]
+        for budget, known in sizes.items():
+            groups.append((budget, source, [row for row in own if size_of(study, row) in known]))
         strange = [row for row in own if not any(size_of(study, row) in known for known in sizes.values())]
-        for budget in dict.fromkeys(row.get("budget") for row in strange):
-            groups.append((None, [row for row in strange if row.get("budget") == budget]))
-        # of equal groups the one comes first whose budget the rows were measured with
-        groups.sort(key=lambda each: (-len(each[1]), -sum(row.get("budget") == each[0] for row in each[1])))
-        kept: list[set[Value]] = []
-        for budget, group in groups:
-            keys = {row["key"] for row in group}
-            if not any(keys <= other for other in kept) and group:
-                kept.append(keys)
-                found.append(GridRows(budget, source, group, find_gap(study, measured_rows(group))))
+        for measured_with in dict.fromkeys(row.get("budget") for row in strange):
+            groups.append((None, source, [row for row in strange if row.get("budget") == measured_with]))
+    # of equal groups the one comes first whose budget the rows were measured with
+    groups.sort(key=lambda each: (-len(each[2]), -sum(row.get("budget") == each[0] for row in each[2])))
+    found: list[GridRows] = []
+    kept: list[set[Value]] = []
+    for budget, source, group in groups:
+        held = {row["key"] for row in group}
+        if group and not any(held <= other for other in kept):
+            kept.append(held)
+            found.append(GridRows(budget, source, group, find_gap(study, measured_rows(group))))
 
     def newness(each: GridRows) -> tuple[bool, str, int]:
         size = BUDGETS.index(each.budget) if each.budget in BUDGETS else -1

@@ -31,9 +31,9 @@ def write_index(folder: Path) -> tuple[Path, list[Path]]:
     verdicts: list[Verdict] = []
     for study in studies().values():
         merge_shares(folder, study)
-        path = write_study_page(study, folder)
+        parts = split_by_grid(study, read_rows(folder, study))
+        path = write_study_page(study, folder, parts)
         if path is not None:
-            parts = split_by_grid(study, read_rows(folder, study))
             judged = parts[0]
             found = judge(study, judged.measured, judged.gap)
             verdicts += found

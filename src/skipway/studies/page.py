@@ -89,15 +89,20 @@ def method_of(study: Study) -> tuple[str, list[tuple[str, str]]]:
     ]
 
 
-def write_study_page(study: Study, folder: Path) -> Path | None:
+def write_study_page(study: Study, folder: Path, parts: Sequence[GridRows] | None = None) -> Path | None:
     """Write `NAME.html` and one `NAME-FIGURE.svg` per figure into `folder`, from the tables of the study there.
 
     Where those hold several budgets or data sets, the page is of one of them (`split_by_grid`) and names the others.
 
+    Args:
+        study: whose page it is.
+        folder: of the tables.
+        parts: what `split_by_grid` makes of the rows there; None: they are read.
+
     Returns:
         path of the page; None if nothing has been measured yet.
     """
-    parts = split_by_grid(study, read_rows(folder, study))
+    parts = split_by_grid(study, read_rows(folder, study)) if parts is None else parts
     if not parts:
         return None
     rows, measured, gap = parts[0].rows, parts[0].measured, parts[0].gap

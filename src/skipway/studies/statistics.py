@@ -183,10 +183,13 @@ def series_over(
 ) -> tuple[Series, ...]:
     """Return one series per value of `by`: mean and range over seeds of `value` as a function of `across`.
 
+    In a column whose name ends in `loss`, a training that diverged has an infinite one, as in the verdicts.
+
     Args:
         names: displayed name of a value of `by`.
     """
-    samples = group_values(rows, [by, across], value)
+    group = group_losses if value.endswith("loss") else group_values
+    samples = group(rows, [by, across], value)
     series = []
     for kind in dict.fromkeys(key[0] for key in samples):
         found = [(key[1], sample) for key, sample in samples.items() if key[0] == kind]

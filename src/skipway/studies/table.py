@@ -122,8 +122,9 @@ def encode_value(value: Value) -> str:
         return ""
     if not isinstance(value, str):
         return json.dumps(value)
-    flat = " ".join(value.split())
-    return flat if isinstance(decode_value(flat), str) and flat and not flat.startswith('"') else json.dumps(flat)
+    # whitespace that a line of the table would lose is part of the cell's key
+    plain = value and value == " ".join(value.split()) and not value.startswith('"')
+    return value if plain and isinstance(decode_value(value), str) else json.dumps(value)
 
 
 def decode_value(text: str) -> Value:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -33,10 +35,11 @@ def accelerate(model: nn.Module, example: Example | None = None, *, tolerance: f
     convolutions of maps that lie channels-last, attention within our windows, and the end of our residual connections.
 
     Classes are swapped for subclasses whose forward routes torch's functions (`kernels.dispatch.ROUTES`), so keys,
-    `isinstance`, hooks and checkpointing survive, and code that calls functions instead of modules is reached. Each
-    kernel times its implementations at first use and never takes one that is slower than torch or differs from it.
-    Gradients are those of torch up to rounding; which implementation is the quickest may change from run to run, and
-    the last bits with it. Under `torch.compile` the network is left to the compiler and its own kernels, except for the
+    `isinstance`, hooks and checkpointing survive, and code that calls functions instead of modules is reached, except
+    for functions that are checkpointed by themselves. Each kernel times its implementations at first use and never
+    takes one that is slower than torch or differs from it. Outputs lie in memory as those of torch do, and gradients
+    are those of torch up to rounding; which implementation is the quickest may change from run to run, and the last
+    bits with it. Under `torch.compile` the network is left to the compiler and its own kernels, except for the
     first two on a GPU, where the compiler calls external kernels as well.
 
     Args:
@@ -86,12 +89,31 @@ def is_routed(module: nn.Module) -> bool:
 
 
 class Active(threading.local):
-    """Flag of a thread whose forward pass is routed already."""
+    """Whether a forward pass of a thread is routed already, and how autograd saved tensors where the innermost
+    accelerated module was called.
+    """
 
-    now = False
+    now, hooks = False, None
 
 
 ACTIVE = Active()
+
+
+def saving_hooks() -> Any:
+    """Return the functions by which autograd saves tensors now, those of an activation checkpoint for example."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+class NetworkMode(KernelMode):
+    """`KernelMode` within accelerated modules, without functions that are checkpointed by themselves.
+
+    What an activation checkpoint computes again, within the backward pass, it computes outside of the modules that
+    called it. Kernels save other tensors than torch's functions, so both passes have to take the same ones.
+    """
+
+    def route(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Follow `ROUTES` where an accelerated module is within every checkpoint around the function."""
+        return super().route(func, args, kwargs) if saving_hooks() == ACTIVE.hooks else NotImplemented
 
 
 @class_factory
@@ -103,13 +125,12 @@ def routed(kind: type[nn.Module]) -> tuple[str, dict[str, Any]]:
     def forward(self: nn.Module, *given: Any, **named: Any) -> Any:
         if torch.compiler.is_compiling():
             return kind.forward(self, *given, **named)
-        if ACTIVE.now:
-            return own(self, *given, **named)
-        ACTIVE.now = True
+        before = ACTIVE.now, ACTIVE.hooks
+        ACTIVE.now, ACTIVE.hooks = True, saving_hooks()
         try:
-            with KernelMode():
+            with nullcontext() if before[0] else NetworkMode():
                 return own(self, *given, **named)
         finally:
-            ACTIVE.now = False
+            ACTIVE.now, ACTIVE.hooks = before
 
     return kind.__name__, {**methods, "forward": forward, "unrouted": kind}

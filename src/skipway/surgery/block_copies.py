@@ -30,8 +30,13 @@ def by_container(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def silent_copy(change: Transaction, survey: BlockSurvey, name: str, program: Program) -> nn.Module:
-    """A copy of a block whose branches put out 0."""
+    """A copy of a block whose branches put out 0, and that is trained: all of it where nothing of the block is, what
+    its branches end in otherwise.
+    """
     twin = copy_module(change.model.get_submodule(name))
+    if not any(parameter.requires_grad for parameter in twin.parameters()):
+        for parameter in twin.parameters():
+            parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
     for connection in survey.connections[name]:
         silence_branch(change, twin, name, program, connection)
     return twin

@@ -123,7 +123,8 @@ def replace_classifier(model: nn.Module, example: Example, classes: int) -> Oper
     """Give any network a fresh classifier for another number of classes, in place.
 
     The classifier is found in the watched program (`find_classifiers`), never by its name, and keeps its class and
-    options. The fresh weights are drawn from N(0, 0.01²) and biases are 0. Numbers of classes that the model keeps as
+    options. The fresh weights are drawn from N(0, 0.01²) and biases are 0; other parameters of it that do not count the
+    classes, such as the scale of a cosine classifier, stay what they are. Numbers of classes that the model keeps as
     attributes of known names (`num_classes`, `n_labels`, transformers' `config.num_labels`) follow.
 
     Args:
@@ -135,7 +136,8 @@ def replace_classifier(model: nn.Module, example: Example, classes: int) -> Oper
         the operation; `touched` holds the classifiers, and with each the attributes that followed.
 
     Raises:
-        SkipwayError: `classes` is below 1, or no classifier is found; the model is as before.
+        SkipwayError: `classes` is below 1, no classifier is found, or one holds other parameters or buffers with an
+            axis as long as there were classes, whose fresh values nobody knows; the model is as before.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 1000))
@@ -174,7 +176,16 @@ def replace_one(change: Transaction, name: str, old: int, classes: int) -> list[
     axis = class_axis(module, old)
     fresh = copy.copy(module)
     fresh._parameters = dict(module._parameters)
-    for leaf, parameter in module._parameters.items():
+    for leaf, held in (*module._parameters.items(), *module._buffers.items()):
+        known = leaf in ("weight", "bias") and leaf in module._parameters
+        if held is not None and not known and old in held.shape:
+            raise SkipwayError(
+                f"{leaf!r} of the classifier {name!r}, of shape {tuple(held.shape)}, has an axis of length {old}, "
+                f"the number of classes, and its values for {classes} others are not known; the rule is a weight "
+                "and a bias; put a classifier of your own in its place"
+            )
+    for leaf in ("weight", "bias"):
+        parameter = module._parameters.get(leaf)
         if parameter is None:
             continue
         shape = list(parameter.shape)

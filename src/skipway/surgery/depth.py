@@ -258,8 +258,10 @@ def deepen(model: nn.Module, example: Example, by: int, *, tolerance: float = 1e
     """Insert a copy after each of `by` blocks, evenly spread, that starts as the identity: what its branches end in is
     0, in place.
 
-    The network computes what it did, and every copy learns from the first step on. A copy is given the block's output
-    as x and all other arguments of the block, masks, positions and caches, and is numbered where blocks are numbered.
+    The network computes what it did, and every copy learns from the first step on, in a frozen network too: all
+    parameters of a copy are trained where none of its block is, and elsewhere those that its branches end in. A copy
+    is given the block's output as x and all other arguments of the block, masks, positions and caches, and is numbered
+    where blocks are numbered.
     In a network that is built from a config which counts its blocks (transformers), the copy becomes the next block of
     the container: later blocks and their keys are renumbered, and the config is changed, so that weights and config
     build the same network again. Elsewhere the copy is a part of its block, and existing keys stay.

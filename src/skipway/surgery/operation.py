@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, islice
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from skipway.errors import SkipwayError, counted
 from skipway.surgery.parameter_values import ParameterValues
+from skipway.tracing.paths import parents
 from skipway.tracing.restoration import run_to_end
 from skipway.validation import check_call, check_flag, check_rule
 
@@ -21,6 +22,7 @@ __all__ = ["Journal", "Operation", "abbreviate", "names_by_reason", "undo"]
 
 Placement = torch.device | torch.dtype
 """What `Module.to` changes."""
+Flags = dict[str, bool]
 LINES, GROUPS = 8, 4
 """Numbers, and groups of names with one reason, that are printed of one operation."""
 
@@ -54,10 +56,11 @@ class Journal:
         self.before = {} if model is None else dict(model.named_parameters())
         self.values = ParameterValues()
         self.placement = dict[str, set[Placement]]()
+        self.flags = (Flags(), Flags())
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle holds."""
-        nothing = {"steps": [], "before": {}, "values": ParameterValues(), "placement": {}}
+        nothing = {"steps": [], "before": {}, "values": ParameterValues(), "placement": {}, "flags": ({}, {})}
         return {**nothing, "entry": self.entry, "copied": True}
 
     @property
@@ -77,8 +80,17 @@ class Journal:
         arguments = [step.args[0] for step in self.all_steps() if isinstance(step, partial) and step.args]
         written = [each for each in arguments if isinstance(each, nn.Parameter)]
         self.values, self.before = ParameterValues.of(model, self.before, written), {}
-        self.placement = placements(model)
+        self.placement, self.flags = placements(model), flags_of(model)
         HISTORY.setdefault(model, []).append(self.entry)
+
+    def follow(self, model: nn.Module) -> None:
+        """Let what the steps put back take the training mode and the `requires_grad` that its place was given since
+        the operation, which did not reach it; see `changed_flags`.
+        """
+        modes, trained = (changed_flags(*each) for each in zip(self.flags, flags_of(model), strict=True))
+        if modes or trained:
+            kept = {*model.modules(), *model.parameters()}
+            self.steps.insert(0, partial(set_flags, model, kept, modes, trained))  # run last
 
     def all_steps(self) -> Iterator[Callable[[], None]]:
         """The undo steps, with those of the transactions within this one."""
@@ -156,7 +168,8 @@ class Operation:
 
         An interrupted `undo` finishes first and raises then. After training, parameters that the operation neither put
         in nor wrote into keep what they learned; where others were trained since, the network would become a mixture of
-        what it was and what it learned, which is refused.
+        what it was and what it learned, which is refused. Where the training mode or `requires_grad` was changed since
+        in all of the network, or of the part of it that something is put back into, this takes them too.
 
         Args:
             force: put the model back even so: parameters that the operation put in are dropped, those that it wrote
@@ -180,6 +193,7 @@ class Operation:
         self.refuse_moved()
         if not force:
             self.refuse_mixture()
+        self.journal.follow(self.model)
         self.journal.undo()
         return self.model
 
@@ -248,6 +262,50 @@ def placement_of(value: object) -> set[Placement]:
 def placements(model: nn.Module) -> dict[str, set[Placement]]:
     """The device and floating-point type of each parameter and buffer of a model, by name."""
     return {name: placement_of(each) for name, each in (*model.named_parameters(), *model.named_buffers())}
+
+
+def flags_of(model: nn.Module) -> tuple[Flags, Flags]:
+    """The training mode of each module and the `requires_grad` of each parameter of a model, by name."""
+    modes = {name: module.training for name, module in model.named_modules()}
+    return modes, {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
+
+def changed_flags(then: Flags, now: Flags) -> dict[str, bool | None]:
+    """The modules, and parameters, by name, in which a flag was changed, with the value that all flags in them have
+    now; None where they differ.
+
+    >>> changed_flags({"a.b": True, "a.c": False, "d": True}, {"a.b": False, "a.c": False, "d": True})
+    {'': None, 'a': False, 'a.b': False}
+    """
+    changed, values = set[str](), dict[str, set[bool]]()
+    for name in then.keys() & now.keys():
+        for scope in dict.fromkeys((name, *parents(name), "")):
+            values.setdefault(scope, set()).add(now[name])
+            changed.update([scope] * (then[name] != now[name]))
+    return {scope: next(iter(values[scope])) if len(values[scope]) == 1 else None for scope in sorted(changed)}
+
+
+def set_flags(
+    model: nn.Module,
+    kept: Collection[nn.Module | Tensor],
+    modes: Mapping[str, bool | None],
+    trained: Mapping[str, bool | None],
+) -> None:
+    """Give the modules and parameters of a model, other than those `kept`, the flags of the smallest part around them
+    in which these were changed, where all are equal there.
+    """
+
+    def flag(flags: Mapping[str, bool | None], name: str) -> bool | None:
+        around = sorted({name, *parents(name), ""}, key=len, reverse=True)
+        return next((flags[scope] for scope in around if scope in flags), None)
+
+    for name, module in model.named_modules():
+        if module not in kept and (mode := flag(modes, name)) is not None:
+            module.training = mode
+    for name, parameter in model.named_parameters():
+        learns = flag(trained, name)
+        if parameter not in kept and learns is not None and (parameter.is_floating_point() or parameter.is_complex()):
+            parameter.requires_grad_(learns)
 
 
 def devices_first(placed: Placement) -> tuple[bool, str]:

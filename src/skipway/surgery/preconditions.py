@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from skipway.errors import SkipwayError
 from skipway.tracing import Example, Program, call_model, preserved_state, unwrap
 from skipway.tracing.example import copy_example
+from skipway.tracing.foreign_hooks import remove_foreign_hooks
 from skipway.tracing.watch import Recorder, copy_to_meta, refuse_scripted
 
 __all__ = ["SEALED", "refuse_branching", "require_operable", "require_values"]
@@ -89,7 +90,7 @@ def refuse_branching(
     else:
         readers = []
         with suppress(Exception):  # on the meta device there is no value to read
-            readers = value_readers(copy_to_meta(model), copy_example(example, "meta"))
+            readers = value_readers(remove_foreign_hooks(copy_to_meta(model)), copy_example(example, "meta"))
     if blocks is not None:
         prefixes = tuple(f"{name}." for name in blocks)
         readers = [name for name in readers if f"{name}.".startswith(prefixes)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -11,15 +11,17 @@ import torch
 from torch import nn
 
 from skipway.errors import SkipwayError, counted
-from skipway.nn import Gain, Multiply
+from skipway.nn import DropPath, Gain, Multiply
 from skipway.nn.site import Site
 from skipway.nn.warmup import ResidualWarmup
-from skipway.schemes.scheme import Scheme, has_streams, parse_scheme
+from skipway.schemes.scheme import Scheme, has_streams, members_of, parse_scheme
+from skipway.surgery.block_numbers import with_block_numbers
 from skipway.surgery.checks import CHECKS, EQUAL
 from skipway.surgery.insertion import STREAMED, carries_streams, disable_fused_path, place_like_maps
 from skipway.surgery.insertion_point import InsertionPoint, adding_module, find_insertion_points, insert_at
 from skipway.surgery.operation import Operation, abbreviate
 from skipway.surgery.preconditions import require_operable
+from skipway.surgery.sample_axes import find_output_axes
 from skipway.surgery.stream_transfer import StreamDressing
 from skipway.surgery.transaction import Transaction, transaction
 from skipway.surgery.transfer import (
@@ -59,8 +61,11 @@ def rescheme(
 
     | capability of the scheme | mechanism | requirement |
     |---|---|---|
-    | multiplies or drops the branch | `residual_scale` of a module | a module returns what is added |
+    | multiplies or drops the branch | `residual_scale` of a module | a module returns what is added; to drop it, with \
+      an axis of one entry for each sample, which passes with other samples find |
     | inserts something before maps (Fixup's biases) | `residual_entry` of the map | torch's own map, run once |
+    | multiplies what enters the branch (LayerNormScaling) | `residual_entry` of each map that reads it | such maps, \
+      and nothing else that reads it; for a factor that counts blocks, blocks that can be told |
     | standardises weights (NormFree) | `residual_standard` of the map | such a map, no norms, `start` not "scheme" |
     | adds a norm at the end of the branch (PeriNorm) | F + a (norm(F) − F) as `residual_scale`, a = 0 at the start, \
       since no gain of a norm leaves a trained branch as it is | a norm before the branch |
@@ -111,7 +116,10 @@ def rescheme(
     dressing = parse_scheme(scheme)
     program = watch(model, example)
     chain = require_connections(chain_from_program(model, program))
+    if any(member.numbers_blocks for member in members_of(dressing)):
+        chain = with_block_numbers(chain, program, dressing)
     drops = any(dressing.drop(connection.site) is not None for connection in chain)
+    axes = drop_axes(chain, program, example) if drops else {}
     with transaction(
         model,
         example,
@@ -124,8 +132,21 @@ def rescheme(
         if has_streams(dressing):
             StreamDressing(change, chain, program, dressing, neutral=start != "scheme").dress()
         else:
-            Dressing(change, chain, program, dressing, start).dress()
+            Dressing(change, chain, program, dressing, start, axes).dress()
         return change.commit()
+
+
+def drop_axes(chain: Chain[WatchedConnection], program: Program, example: Example) -> dict[str, int | None]:
+    """The axis of the samples in what each slot behind a branch is given, see `find_output_axes`."""
+    points: dict[str, InsertionPoint] = {}
+    for connection in chain:
+        try:
+            whole = adding_module(chain.model, program, connection)
+            behind = find_insertion_points(chain.model, program, connection)
+            points |= {point.slot: point for point in (*behind, *(() if whole is None else (whole,)))}
+        except SkipwayError:  # said where it is to be dressed
+            continue
+    return find_output_axes(chain.model, example, points) if points else {}
 
 
 def require_connections(chain: Chain[WatchedConnection]) -> Chain[WatchedConnection]:
@@ -151,6 +172,7 @@ class Dressing:
         program: what the network runs on the example.
         scheme: the scheme.
         start: see `rescheme`.
+        axes: the axis of the samples in what each slot behind a branch is given, if the scheme drops branches.
         slots: the connection for each path where something was inserted.
         unfit: why a connection cannot be dressed, by its name.
         divided: tells the weights that constants were divided out of, of which connections may share some.
@@ -161,6 +183,7 @@ class Dressing:
     program: Program
     scheme: Scheme
     start: Start
+    axes: Mapping[str, int | None] = field(default_factory=dict)
     slots: dict[str, str] = field(default_factory=dict)
     unfit: dict[str, str] = field(default_factory=dict)
     divided: set[Any] = field(default_factory=set)
@@ -228,10 +251,13 @@ class Dressing:
         if not any(inserted):
             if not parts and not self.from_scratch:
                 raise SkipwayError(f"{self.scheme} inserts nothing after a branch")
-            return ", ".join(connection.seen.maps)
+            inside = (*parts.entries, *parts.standardised)
+            return ", ".join(connection.seen.maps if self.from_scratch else dict.fromkeys(inside))
         if obstacle is not None:
             raise SkipwayError(str(obstacle))
         modules = [made[0] if len(made) == 1 else nn.Sequential(*made) for made in inserted]
+        for point, module in zip(points, modules, strict=True):
+            self.place_drops(point, module)
         self.insert_scales(connection, points, modules)
         notes = {note for each in inserted for part in each if (note := getattr(part, "neutral_note", ""))}
         return ", ".join([*map(str, points), *(notes if self.start != "scheme" else ())])
@@ -240,6 +266,21 @@ class Dressing:
         """The modules that the scheme puts after a branch."""
         modules = (norm, self.scheme.scale(site), skip, self.scheme.drop(site))
         return [module for module in modules if module is not None]
+
+    def place_drops(self, point: InsertionPoint, module: nn.Module) -> None:
+        """Let what drops a branch at a point draw once for each sample, in place.
+
+        Raises:
+            SkipwayError: no axis there holds one entry for each sample.
+        """
+        for drop in (each for each in module.modules() if isinstance(each, DropPath)):
+            axis = self.axes.get(point.slot)
+            if axis is None:
+                raise SkipwayError(
+                    f"what {point} puts out has no axis with one entry for each sample, so that {self.scheme} would "
+                    "drop positions or windows, not samples"
+                )
+            drop.axis = axis
 
     def insert_scales(
         self, connection: WatchedConnection, points: Sequence[InsertionPoint], scales: Sequence[nn.Module]

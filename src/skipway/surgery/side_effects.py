@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from skipway.tracing.arguments import path_text
 from skipway.tracing.containers import ATOMS
+from skipway.tracing.module_state import version_of
 
 __all__ = ["ObjectStates", "attributes_kept", "copy_state", "version_of"]
 
@@ -18,11 +19,6 @@ DEPTH = 6
 """Levels of attributes and containers that are compared."""
 OWN = frozenset({"_parameters", "_buffers", "_modules", "training"})
 """Tables of a module that hold no state of a pass, or whose state is put back elsewhere."""
-
-
-def version_of(tensor: Tensor) -> int:
-    """How often a tensor was written into; inference tensors do not count."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 class ObjectStates:

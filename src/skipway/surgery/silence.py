@@ -46,7 +46,7 @@ def silence_branch(
     _, branch, _, start = connection.seen.numbers
     ends = list(dict.fromkeys(branch_ends(program, branch, start) or ()))
     prefix = f"{name}."
-    old = {key: tensor.detach().clone() for key, tensor in twin.state_dict(keep_vars=True).items()}
+    old = {key: each.detach().clone().requires_grad_(each.requires_grad) for key, each in held(twin).items()}
     inside = [end.removeprefix(prefix) for end in ends if end.startswith(prefix)]
     if ends and len(inside) == len(ends) and all(silence_end(twin, end) for end in inside):
         return
@@ -63,11 +63,18 @@ def silence_branch(
         insert_at(change, twin.get_submodule(point.name[len(prefix) :]), point, Gain(init=0.0))
 
 
+def held(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a module, by the keys of its state dict."""
+    return {key: each for key, each in module.state_dict(keep_vars=True).items() if isinstance(each, Tensor)}
+
+
 @torch.no_grad()
 def restore(module: nn.Module, values: dict[str, Tensor]) -> None:
-    """Write values back."""
-    for key, tensor in module.state_dict(keep_vars=True).items():
+    """Write values back, and whether they are trained."""
+    for key, tensor in held(module).items():
         tensor.copy_(values[key])
+        if tensor.is_leaf:
+            tensor.requires_grad_(values[key].requires_grad)
 
 
 def branch_ends(program: Program, number: int, start: int) -> list[str] | None:
@@ -110,12 +117,13 @@ def factor_name(program: Program, constant: Value) -> str:
 
 @torch.no_grad()
 def silence_end(block: nn.Module, name: str) -> bool:
-    """Set a parameter, or the weight and bias of a map or norm, so that it puts out 0; False if that is not possible.
+    """Set a parameter, or the weight and bias of a map or norm, so that it puts out 0 and is trained; False if that is
+    not possible.
 
     A weight that is computed from several parameters becomes 0 where one of them is a factor of it (weight norm).
     """
     if name in (own := dict(block.named_parameters())):
-        own[name].zero_()
+        make_trainable(own[name].zero_())
         return True
     if not has_module(block, name):
         return False
@@ -140,8 +148,8 @@ def weight_factors(module: nn.Module) -> Iterator[nn.Parameter]:
 
 def factor_silenced(module: nn.Module, factor: nn.Parameter) -> bool:
     """Whether the weight is 0 where this parameter is, and moves with it; if not, the parameter stays what it was."""
-    old = factor.detach().clone()
-    factor.zero_()
+    old, trained = factor.detach().clone(), factor.requires_grad
+    make_trainable(factor.zero_())
     with torch.enable_grad():
         for hook in module._forward_pre_hooks.values():
             if hasattr(hook, "compute_weight"):  # weight norm and spectral norm in their older form
@@ -156,12 +164,21 @@ def factor_silenced(module: nn.Module, factor: nn.Parameter) -> bool:
             if slope is not None and slope.isfinite().all() and slope.any():
                 return True
     factor.copy_(old)
+    factor.requires_grad_(trained)
     return False
+
+
+def make_trainable(parameter: Tensor) -> None:
+    """Let a parameter be trained, in a frozen network too, if it is of a type that can be."""
+    if parameter.is_floating_point() or parameter.is_complex():
+        parameter.requires_grad_(True)
 
 
 def silence_gain(norm: nn.Module, gain: nn.Parameter) -> bool:
     """Set the gain of a norm so that it puts out 0: to 0, or to -1 where the norm computes (1 + gain) ⊙ x̂ (Gemma)."""
     probe = torch.linspace(-1, 1, 2 * gain.numel(), device=gain.device, dtype=gain.dtype).view(2, -1)
+    trained = gain.requires_grad
+    make_trainable(gain)
     for value in (0.0, -1.0):
         gain.fill_(value)
         try:
@@ -169,4 +186,5 @@ def silence_gain(norm: nn.Module, gain: nn.Parameter) -> bool:
                 return True
         except (RuntimeError, ValueError, TypeError, IndexError):  # it takes inputs of another form
             return value == 0
+    gain.requires_grad_(trained)
     return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -39,7 +39,9 @@ def skip_compute(model: nn.Module, example: Example, rate: float, *, rising: boo
     Which axis holds the samples, of x and of every other argument (masks, positions, conditioning, encoder states), is
     found by passes with more and with other samples, so that sequence-first networks drop samples and not positions.
     A network that takes an `attention_mask` is looked at with padding, too. Another argument that the example does not
-    have is cut on the only axis that is as long as there are samples.
+    have is cut on the only axis that is as long as there are samples. Beside x, a tensor that a block is given and
+    hands to the next one in another state stays, for the others, what the block was given; a block that computes such a
+    tensor of the samples itself is left alone. Other tensors in a block's output are 0 there.
 
     Args:
         model: any module that `chain` can read, with blocks that carry x itself.
@@ -48,8 +50,9 @@ def skip_compute(model: nn.Module, example: Example, rate: float, *, rising: boo
         rising: p_l = p · l/L, as in Huang et al. 2016 (https://arxiv.org/abs/1603.09382, eq. 4); else p everywhere.
 
     Raises:
-        SkipwayError: the rate is not between 0 and 1, the model has no such block, its samples have an influence on one
-            another (edge lists), or a training pass fails; the model is as before.
+        SkipwayError: the rate is not between 0 and 1, the model has no such block, or none but such as later ones need
+            for every sample, its samples have an influence on one another (edge lists), or a training pass fails; the
+            model is as before.
 
     >>> layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
     >>> model = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
@@ -71,12 +74,21 @@ def skip_compute(model: nn.Module, example: Example, rate: float, *, rising: boo
         with_mask = find_block_axes(model, padded, calls)
         axes = {name: axes[name].joined(with_mask[name]) for name in calls}
     with transaction(model, example, title=title) as change:
-        for number, (name, call) in enumerate(calls.items(), start=1):
+        later = [*list(calls)[1:], None]
+        for number, ((name, call), follower) in enumerate(zip(calls.items(), later, strict=True), start=1):
+            try:
+                handed_on = threaded_outputs(calls, axes, name, follower)
+            except SkipwayError as problem:
+                change.refused[name] = str(problem)
+                continue
             block, own = model.get_submodule(name), rate * (number / len(calls) if rising else 1)
             change.set_class(block, skipping(type(block)))
             change.set_attribute(block, "skipped", own)
-            change.set_attribute(block, "drawing", SampleDraw(call, axes[name]))
+            change.set_attribute(block, "drawing", SampleDraw(call, axes[name], handed_on))
             change.touched[name] = f"rate {own:.3g}, samples on axis {axes[name].stream}"
+        if not change.touched:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in change.refused.items())
+            raise SkipwayError(f"{type(model).__name__} has no block that can skip samples: {reasons}")
         training_gradients(model, example, "with a share of the samples")
         if padded is not None:
             training_gradients(model, padded, "with a share of the samples and padding")
@@ -90,10 +102,12 @@ class SampleDraw:
     Args:
         call: how the block is called.
         axes: of the samples.
+        handed_on: outputs beside x that the next block reads, see `threaded_outputs`.
     """
 
     call: BlockCall
     axes: BlockAxes
+    handed_on: tuple[tuple[Path, Path | None], ...] = ()
 
     def run(self, compute: Callable[..., Any], rate: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The output of a block that is computed for k = ⌈n(1 − rate)⌉ of n samples, x for the others."""
@@ -107,17 +121,22 @@ class SampleDraw:
         for path, tensor in (*tensor_paths(args), *tensor_paths(kwargs)):
             own = known[path] if path in known else self.guess(path, tensor, count)
             if own is not None and tensor.shape[own] % count == 0:
-                each = tensor.shape[own] // count  # entries of one sample
-                entries = drawn if each == 1 else (drawn[:, None] * each + torch.arange(each).to(drawn)).flatten()
-                part = tensor.index_select(own, entries)
+                part = tensor.index_select(own, entries(drawn, tensor.shape[own] // count))
                 some_args, some_kwargs = call.exchange(path, some_args, some_kwargs, part)
         before = call.take(some_args, some_kwargs)
         if call.writes_stream:
             some_args, some_kwargs = call.given(some_args, some_kwargs, before.clone())
         output = compute(*some_args, **some_kwargs)
         change = item_at(output, call.output) - before
+        handed_on = dict(self.handed_on)
         for path in call.computed:
-            output = exchange_at(output, path, spread(item_at(output, path), axis, drawn, count))
+            part, source = item_at(output, path), handed_on.get(path)
+            if source is not None:
+                given, own = call.argument(source, args, kwargs), known[call.locate(source, args, kwargs)]
+                part = given.index_copy(own, entries(drawn, given.shape[own] // count), part.to(given.dtype))
+                output = exchange_at(output, path, part)
+            elif path not in handed_on:
+                output = exchange_at(output, path, spread(part, axis, drawn, count))
         for path, argument in call.passed:
             output = exchange_at(output, path, call.argument(argument, args, kwargs))
         return exchange_at(output, call.output, x.index_add(axis, drawn, (change * (count / kept)).to(x.dtype)))
@@ -136,6 +155,44 @@ class SampleDraw:
                 "example with it"
             )
         return fitting[0] if fitting else None
+
+
+def entries(drawn: Tensor, each: int) -> Tensor:
+    """The entries of some samples on an axis that holds so many of each, sample by sample."""
+    return drawn if each == 1 else (drawn[:, None] * each + torch.arange(each).to(drawn)).flatten()
+
+
+def threaded_outputs(
+    calls: Mapping[str, BlockCall], axes: Mapping[str, BlockAxes], name: str, follower: str | None
+) -> tuple[tuple[Path, Path | None], ...]:
+    """The outputs of a block, beside x, that the next block is given, or that stand for such an output of the one
+    before, each with the block's own argument in its place; None for what is the same for all samples.
+
+    Raises:
+        SkipwayError: such an output is computed for each sample, and the block was given nothing in its place.
+    """
+    call, known = calls[name], dict(axes[name].arguments)
+    own = {source: argument for argument, source in call.threads}
+    read: dict[Path, Path] = {}
+    later: dict[Path, int | None] = {}
+    if follower is not None:
+        read = {source: argument for argument, source in calls[follower].threads}
+        later = dict(axes[follower].arguments)
+    found: list[tuple[Path, Path | None]] = []
+    for path in call.computed:
+        argument = own.get(path, read.get(path))
+        if argument is None:
+            continue
+        if (later if path in read else known).get(read.get(path, argument)) is None:
+            found.append((path, None))
+        elif known.get(argument) is not None:
+            found.append((path, argument))
+        else:
+            raise SkipwayError(
+                f"it computes {path_text(path, what='output')} of each sample for {follower}, and is given nothing "
+                "that could stand in its place for samples that it skips"
+            )
+    return tuple(found)
 
 
 def spread(part: Tensor | None, axis: int, drawn: Tensor, count: int) -> Tensor | None:

@@ -93,7 +93,8 @@ class StreamDressing:
         rows = [self.sites_of(row) for row in self.rows()]
         if any(site.points for row in rows for site in row) and (obstacle := self.try_neutral(rows)):
             rows = [self.sites_of(row, reason=f"dressed one by one, {obstacle}") for row in self.rows()]
-        if self.neutral and (limit := self.streams_for(rows[0][0], 1, 2).neutral_limit):
+        limits = (self.streams_for(row[1], 1, 2).neutral_limit for row in rows if len(row) > 1)
+        if self.neutral and (limit := next(limits, "")):
             self.change.hint = f"{limit}; {self.change.hint}"
         self.dress_rows(rows)
 
@@ -148,7 +149,8 @@ class StreamDressing:
     @property
     def keeps_outputs(self) -> bool:
         """Whether the scheme carries earlier outputs."""
-        return isinstance(self.scheme.streams(self.chain[0].site), History)
+        site = replace(self.chain[0].site, kind="conv")  # a block of its own, whichever branches follow
+        return isinstance(self.scheme.streams(site), History)
 
     def sums_alone(self, block: str) -> bool:
         """Whether nothing but the additions of its connections is done to x in a block, views apart."""

@@ -22,6 +22,7 @@ from skipway.surgery.transaction import Transaction
 from skipway.surgery.verification import forward_hooks, outputs
 from skipway.tracing import Program
 from skipway.tracing.chain import Chain, WatchedConnection
+from skipway.tracing.walks import effective_part
 
 __all__ = [
     "BlendedNorm",
@@ -185,10 +186,16 @@ def branch_parts(scheme: Scheme, connection: WatchedConnection, program: Program
             'factors on the activations inside of the branch, called in its forward (start="identity" needs none)'
         )
     entry, parts = scheme.enter(site), BranchParts(closes=closes)
-    if entry is not None and seen.maps:
-        parts.entries[seen.maps[0]] = entry
+    entered, whole = entered_maps(program, connection)
+    if entry is not None:
+        if not whole and any(isinstance(each, Multiply) for each in entry.modules()):
+            raise refuse(
+                "a factor on all that enters the branch, a part of which is multiplied, added or put out as it is, "
+                "without a map before that"
+            )
+        parts.entries |= {name: scheme.enter(site) or entry for name in entered}
     if other.before is not None:
-        parts.entries |= {name: other.before() for name in seen.maps[1:]}
+        parts.entries |= {name: other.before() for name in seen.maps if name not in parts.entries}
     if isinstance(other.conv(1, 1, 1), STANDARDISED):
         parts.standardised = seen.maps
     for name in dict.fromkeys((*parts.entries, *parts.standardised)):
@@ -201,6 +208,27 @@ def branch_parts(scheme: Scheme, connection: WatchedConnection, program: Program
     elif carried is not None:
         raise refuse("another shortcut: the skip runs in no module, and no norm after the addition rescales the sum")
     return parts
+
+
+def entered_maps(program: Program, connection: WatchedConnection) -> tuple[list[str], bool]:
+    """The maps that read what enters a branch, behind its norm and activation, in order; and whether nothing else of
+    the branch does.
+    """
+    seen = connection.seen
+    _, branch, _, start = seen.numbers if seen.streams is None else (0, seen.streams.branch, 0, seen.streams.read)
+    names: list[str] = []
+    reached, mapped, whole = {start}, set[int](), True
+    for value in program.between(start, branch):
+        operands = reached.intersection(program.signals(value))
+        reached.add(value.number)
+        if operands.isdisjoint(mapped) and effective_part(value) == "map":
+            names.append(program.weight_owner(value))
+        elif operands.isdisjoint(mapped):
+            continue
+        elif not operands <= mapped:
+            whole = False
+        mapped.add(value.number)
+    return list(dict.fromkeys(names)), whole and branch in mapped
 
 
 def insert_parts(change: Transaction, connection: WatchedConnection, parts: BranchParts, *, divide: bool) -> None:
@@ -237,12 +265,14 @@ class ValueRows(LinearMap):
 
 @dataclass(frozen=True)
 class StartedConnection(WatchedConnection):
-    """A connection whose path holds the maps that a scheme initialises: of attention values and outputs."""
+    """A connection whose path holds the maps that a scheme initialises: of attention values and outputs, of others
+    those that follow one another, without the maps of gates.
+    """
 
     @property
     def path(self) -> list[LinearMap]:
         found: list[LinearMap] = []
-        for name in self.seen.maps:
+        for name in self.seen.maps if self.seen.kind == "attention" else self.seen.path:
             module = self.model.get_submodule(name)
             if isinstance(module, nn.MultiheadAttention):
                 found.append(ValueRows(module, slice(2 * module.embed_dim, 3 * module.embed_dim)))
@@ -260,7 +290,7 @@ def start_network(change: Transaction, chain: Chain[WatchedConnection], scheme: 
 
     Raises:
         SkipwayError: a map on a branch is none of torch's, belongs to attention whose values cannot be told apart, or
-            has a weight that is computed in every pass.
+            has a weight that is computed in every pass; or the maps do not follow one another.
     """
     model = chain.model
     connections = [StartedConnection(c.name, c.site, c.seen, model) for c in chain]
@@ -295,6 +325,12 @@ def check_path(connection: StartedConnection) -> None:
                 f"connection {connection.name!r}: {name} ({type(module).__name__}) is started with factors of its own "
                 "for values and outputs, and which of its rows are values cannot be told from outside"
             )
+    if connection.seen.kind != "attention" and connection.seen.maps and not connection.seen.path:
+        raise SkipwayError(
+            f"connection {connection.name!r}: {', '.join(connection.seen.maps)} do not follow one another (branches in "
+            "it are added or joined), and a scheme that starts the last map of a branch, or counts its maps, says "
+            "nothing of those"
+        )
 
 
 def restart(module: nn.Module, conv: nn.Module, linear: nn.Module) -> None:

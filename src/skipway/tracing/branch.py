@@ -99,6 +99,7 @@ class BranchReader(Walker):
                 if effective_part(member) in {"map", "norm"}
             ),
             maps=unique(self.program.weight_owner(member) for member in maps),
+            path=self.path(branch, start),
             modules=unique(member.owner for member in crossed),
             norms=placings,
             closing=None if closing is None or joined else closing.norm or self.program.weight_owner(closing),
@@ -169,6 +170,26 @@ class BranchReader(Walker):
                 break
             factor *= value.factor
         return factor
+
+    def path(self, branch: int, start: int) -> tuple[str, ...]:
+        """The maps that follow one another up to the end of a branch, in order; of a product all that make factors of
+        its size. None at all where tensors are added or joined on the way.
+        """
+        maps, waiting, seen = list[Value](), [branch], {start}
+        while waiting:
+            number = waiting.pop()
+            if number in seen:
+                continue
+            seen.add(number)
+            value = self.program[number]
+            main = self.main_operand(value)
+            if main is None or value.part == "join":
+                return ()
+            if effective_part(value) == "map":
+                maps.append(value)
+            factors = self.program.signals(value) if value.norm is None and value.part == "product" else []
+            waiting += [main, *(each for each in factors if self.spread(each) == self.spread(main))]
+        return unique(self.program.weight_owner(each) for each in sorted(maps, key=lambda each: each.number))
 
     def ends(self, number: int, start: int, following: int) -> tuple[str, ...]:
         """The norms or maps that make a branch, of all branches where it is a sum of some; none where one has none."""

@@ -316,7 +316,8 @@ def chain(model: nn.Module, example: Example | None = None) -> Chain[Connection]
     if example is not None:
         program = watch(model, example)
         return chain_from_program(unwrap(model), program)
-    named = [(name, module) for name, module in model.named_modules() if isinstance(module, Residual)]
+    modules = list(model.named_modules())
+    named = [(name, module) for name, module in modules if isinstance(module, Residual)]
     if not named:
         raise SkipwayError(
             f"{type(model).__name__} holds no skipway.nn.Residual, so its connections cannot be read by type; give an "
@@ -325,7 +326,7 @@ def chain(model: nn.Module, example: Example | None = None) -> Chain[Connection]
     connections = [
         Connection(name, module, site_in_chain(module, index, len(named))) for index, (name, module) in enumerate(named)
     ]
-    classifiers = [module for module in model.modules() if isinstance(module, Classifier)]
+    classifiers = [module for _, module in modules if isinstance(module, Classifier)]
     return Chain(model, connections, LinearMap(classifiers[-1]) if classifiers else None)
 
 

@@ -5,29 +5,33 @@ from __future__ import annotations
 import copy
 import sys
 from array import array
-from collections import deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from operator import is_not
-from typing import Any, TypeVar
+from types import NoneType
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from skipway.tracing.containers import ATOMS, CLOSED, map_tensors, parts_of, tensors_in
 
 __all__ = [
-    *("attribute_restoration", "copy_module", "detach_attributes", "differing_state", "held_by", "is_changed"),
-    "kept_tensors",
+    *("TensorValues", "attribute_restoration", "copy_module", "detach_attributes", "differing_state", "held_by"),
+    *("is_changed", "kept_tensors", "version_of", "write_values"),
 ]
 
 Model = TypeVar("Model", bound=nn.Module)
 STANDARD = frozenset({*vars(nn.Module()), "training"})
 """The names in the `__dict__` of every module."""
 HOLDERS = (Tensor, list, tuple, dict)
-NUMBERS = (int, float)
-"""Counters and lengths; flags among them are left, since one may say that hooks were installed, as in transformers."""
-KINDS, MISSING = (*HOLDERS, *NUMBERS), object()
+FILLED = (list, dict, OrderedDict, defaultdict, Counter, set, deque)
+"""Containers whose entries are put back, of these very classes."""
+CONTAINERS = (list, tuple, dict, set, deque)
+MISSING = object()
 STATELESS = tuple(kind for kind in CLOSED if kind is not nn.Module)
 """Objects that keep nothing of a call."""
 
@@ -63,57 +67,175 @@ def detach_attributes(modules: Iterable[nn.Module]) -> None:
                 module.__dict__[name] = map_tensors(torch.detach, value)
 
 
+class TensorValues(NamedTuple):
+    """A tensor and the values that it had.
+
+    Args:
+        tensor: itself.
+        version: how often it had been written into.
+        values: of each place in its memory.
+    """
+
+    tensor: Tensor
+    version: int
+    values: Tensor
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorValues:
+        """The values that a tensor has now."""
+        return cls(tensor, version_of(tensor), places_in(tensor).detach().clone())
+
+    def put_back(self) -> None:
+        """Write the values back, where they are others: a write into what a graph has saved ends its backward pass."""
+        if version_of(self.tensor) != self.version or are_different(places_in(self.tensor), self.values):
+            write_values(self.tensor, self.values)
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was written into; inference tensors do not count, nor does what `Tensor.data` is written."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def places_in(tensor: Tensor) -> Tensor:
+    """A view with each place in memory once, of an expanded tensor, which refuses to be written into.
+
+    >>> places_in(torch.ones(1, 4).expand(8, 4)).shape
+    torch.Size([1, 4])
+    """
+    if tensor.layout is not torch.strided or tensor.is_nested or 0 not in tensor.stride():
+        return tensor
+    return tensor[tuple(slice(0, 1) if step == 0 else slice(None) for step in tensor.stride())]
+
+
+@torch.no_grad()
+def write_values(tensor: Tensor, values: Tensor) -> None:
+    """Write values into each place of a tensor's memory, see `places_in`; also into an inference tensor."""
+    places = places_in(tensor)
+    if places is not tensor:
+        values = values[tuple(slice(0, length) for length in places.shape)]
+    with torch.inference_mode() if tensor.is_inference() else nullcontext():
+        places.copy_(values)
+
+
 def attribute_restoration(modules: Iterable[nn.Module]) -> Callable[[], None]:
-    """A step that puts back the attributes that a forward pass sets, replaces or fills: tensors, numbers."""
+    """A step that puts back what a forward pass sets, replaces, deletes, fills or writes in place: attributes with
+    tensors, numbers and texts, also in containers, and parameters that it replaces.
+
+    Flags are left, since one may say that hooks were installed, as in transformers; so are objects of other classes,
+    and containers that such were added to or taken from.
+    """
+    modules = list(modules)
     before = [(module.__dict__, held_by(module)) for module in modules]
-    held_lists = (each for _, held in before for value in held.values() for each in lists_in(value))
-    lists = [(value, type(value)(value)) for value in held_lists]
-    return partial(put_back_attributes, before, lists)
+    parameters = [(module._parameters, dict(module._parameters)) for module in modules if module._parameters]
+    seen: dict[int, Any] = {}
+    found = [each for _, held in before for value in held.values() for each in parts_in(value, seen)]
+    filled = [(each, copy.copy(each)) for each in found if type(each) in FILLED]
+    kept = [each for each in found if isinstance(each, Tensor) and not isinstance(each, nn.Parameter)]
+    own = set(map(memory_of, weights_of(modules))) if kept else set()
+    tensors = [TensorValues.of(each) for each in kept if memory_of(each) not in own]
+    return partial(put_back_attributes, before, parameters, filled, tensors)
 
 
-def lists_in(value: Any) -> Iterator[Any]:
-    """The lists and mappings in an attribute, each once, though others share them.
+def weights_of(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
+    """The parameters and buffers of modules."""
+    for module in modules:
+        yield from (each for each in (*module._parameters.values(), *module._buffers.values()) if each is not None)
+
+
+def memory_of(tensor: Tensor) -> int:
+    """A number for the memory that a tensor lies in, that of another one where both share it: what lies in a weight is
+    written by whoever trains, such as the flat weights of an LSTM.
+    """
+    try:
+        return id(tensor) if tensor.layout is not torch.strided or is_lazy(tensor) else tensor.untyped_storage()._cdata
+    except NotImplementedError:
+        return id(tensor)
+
+
+def parts_in(value: Any, seen: dict[int, Any]) -> Iterator[Any]:
+    """The containers and tensors in an attribute, each once, though others share them.
+
+    Args:
+        value: an attribute.
+        seen: those that were found before, by their ids, which are theirs as long as they are kept; these are added.
 
     >>> inner = [1]
-    >>> [len(each) for each in lists_in({"a": inner, "b": (inner,)})]
-    [2, 1]
+    >>> [len(each) for each in parts_in({"a": inner, "b": (inner,)}, {})]
+    [2, 1, 1]
     """
-    left, seen = [value], set[int]()
+    left = [value] if isinstance(value, (Tensor, *CONTAINERS)) else []
     while left:
         each = left.pop()
         if id(each) in seen:
             continue
-        seen.add(id(each))
-        if type(each) in (list, dict):
-            yield each
-        if isinstance(each, list | tuple | dict):
-            held = each.values() if isinstance(each, dict) else each
-            left += [part for part in held if isinstance(part, list | tuple | dict)]
+        seen[id(each)] = each
+        yield each
+        if not isinstance(each, Tensor):
+            left += [part for part in entries_in(each) if isinstance(part, (Tensor, *CONTAINERS))]
 
 
-def put_back_attributes(before: Sequence[tuple[dict[str, Any], dict[str, Any]]], lists: Sequence[Any]) -> None:
-    """Put back attributes, by the tables of their modules, and what lists and mappings held."""
+def is_state(value: Any) -> bool:
+    """Whether a value is what a pass leaves: a tensor, number or text, or a container of those, or with tensors in it.
+
+    >>> [is_state(each) for each in (1, [], [None, "a"], [object()], [torch.ones(1), object()], True, None)]
+    [True, True, True, False, True, False, False]
+    """
+    if not isinstance(value, CONTAINERS):
+        return isinstance(value, Tensor) or (isinstance(value, ATOMS) and not isinstance(value, bool | NoneType))
+    containers = [each for each in parts_in(value, {}) if isinstance(each, CONTAINERS)]
+    known = all(isinstance(part, (*ATOMS, *CONTAINERS)) for each in containers for part in entries_in(each))
+    return known or any(True for _ in tensors_in(value))
+
+
+def entries_in(container: Any) -> Iterable[Any]:
+    """What a container holds, without keys."""
+    return container.values() if isinstance(container, dict) else container
+
+
+def put_back_attributes(
+    before: Sequence[tuple[dict[str, Any], dict[str, Any]]],
+    parameters: Sequence[tuple[dict[str, Any], dict[str, Any]]],
+    filled: Sequence[tuple[Any, Any]],
+    tensors: Sequence[TensorValues],
+) -> None:
+    """Put back attributes and parameters, by the tables of their modules, and what containers and tensors held."""
     for own, held in before:
-        for name in [each for each, value in own.items() if each not in STANDARD and isinstance(value, KINDS)]:
-            if own[name] is held.get(name, MISSING):
-                continue
-            counted = isinstance(own[name], NUMBERS) and not isinstance(own[name], bool) and name in held
-            if counted or next(tensors_in(own[name]), None) is not None:
+        for name in [each for each in {**held, **own} if each not in STANDARD]:
+            old, new = held.get(name, MISSING), own.get(name, MISSING)
+            if old is not new and (is_state(old) or is_state(new)):
                 if name in held:
-                    own[name] = held[name]
+                    own[name] = old
                 else:
                     del own[name]
-    for value, old in lists:
-        if are_others(value, old) and (not value or next(tensors_in(value), None) is not None):
-            filled = list(old) if isinstance(value, list) else dict(old)
+    for table, old in parameters:
+        for name, parameter in old.items():
+            if parameter is not None and table.get(name, parameter) is not parameter:
+                table[name] = parameter
+    for value, old in filled:
+        if are_others(value, old) and all(map(holds_state, exchanged(value, old))):
             value.clear()
-            value.extend(filled) if isinstance(value, list) else value.update(filled)
+            value.update(old) if isinstance(value, dict | set) else value.extend(old)
+    for each in tensors:
+        each.put_back()
+
+
+def holds_state(entry: Any) -> bool:
+    """Whether an entry of a container may be put back with it."""
+    return isinstance(entry, ATOMS) or is_state(entry)
+
+
+def exchanged(value: Any, old: Any) -> list[Any]:
+    """The entries that are in one of two containers alone."""
+    now, then = ({id(part): part for part in entries_in(each)} for each in (value, old))
+    return [*(now[key] for key in now.keys() - then.keys()), *(then[key] for key in then.keys() - now.keys())]
 
 
 def are_others(value: Any, old: Any) -> bool:
-    """Whether a list or mapping holds other objects than it did."""
+    """Whether a container holds other objects than it did."""
     if len(value) != len(old):
         return True
+    if isinstance(value, set):
+        return value != old
     if isinstance(value, dict):
         return any(each is not old.get(key, MISSING) for key, each in value.items())
     return any(map(is_not, value, old))

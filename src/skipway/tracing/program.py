@@ -114,6 +114,15 @@ class Program:
                 users[operand].append(value.number)
         return users
 
+    @cached_property
+    def leaves(self) -> dict[str, list[int]]:
+        """The values that each parameter and buffer is read as, by its name."""
+        leaves: dict[str, list[int]] = {}
+        for value in self.values:
+            if value.operator == "parameter" and len(value.parameters) == 1:
+                leaves.setdefault(next(iter(value.parameters)), []).append(value.number)
+        return leaves
+
     def ancestry(self, number: int) -> Ancestry:
         """The signals that a value was computed from, looked up as far back as is asked."""
         if number not in self.ancestries:

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from skipway.tracing.module_state import attribute_restoration, detach_attributes
+from skipway.tracing.module_state import TensorValues, attribute_restoration, detach_attributes
 
 __all__ = [
     *("TRACELESS", "devices_in_use", "generator_devices", "generator_states", "own_tensors", "preserved_state"),
@@ -72,17 +72,17 @@ def without_fused_layers() -> Iterator[None]:
 
 @contextmanager
 def preserved_state(model: nn.Module) -> Iterator[None]:
-    """Context that restores what a forward pass changes: buffers; tensors and numbers kept as attributes; mode
-    of every module; random states of torch, Python and NumPy. An interrupt while that is done is raised when all is
-    restored.
+    """Context that restores what a forward pass changes: buffers; tensors, numbers and texts kept as attributes or in
+    containers there, whether replaced or written in place; parameters that are replaced; mode of every module; random
+    states of torch, Python and NumPy. Parameters that are written in place stay so, as do flags and other objects. An
+    interrupt while that is done is raised when all is restored.
     """
     modules = list(model.modules())  # walked once: of thousands of modules that takes as long as a forward pass
     modes = [module.training for module in modules]
     buffers = [
-        (module, name, buffer, buffer.clone())
+        (module, name, None if buffer is None else TensorValues.of(buffer))
         for module in modules
         for name, buffer in module._buffers.items()
-        if buffer is not None
     ]
     steps = [
         *random_states(model),
@@ -173,13 +173,13 @@ def devices_in_use() -> list[torch.device]:
     return with_generators(torch.device(kind.type, index) for index in range(torch.accelerator.device_count()))
 
 
-@torch.no_grad()
-def write_buffers(buffers: Sequence[tuple[nn.Module, str, Tensor, Tensor]]) -> None:
+def write_buffers(buffers: Sequence[tuple[nn.Module, str, TensorValues | None]]) -> None:
     """Put buffers back, those whose names are still there, and their values."""
-    for module, name, buffer, old in buffers:
+    for module, name, buffer in buffers:
         if name in module._buffers:
-            module._buffers[name] = buffer
-            buffer.copy_(old)
+            module._buffers[name] = None if buffer is None else buffer.tensor
+            if buffer is not None:
+                buffer.put_back()
 
 
 def set_modes(modules: Sequence[nn.Module], modes: Sequence[bool]) -> None:

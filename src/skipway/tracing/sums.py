@@ -224,7 +224,17 @@ def reduced_axis(x: Tensor, args: Sequence[Any]) -> int | None:
 
 
 def number_of(name: str, args: Sequence[Any], terms: Sequence[Term]) -> float:
-    """The number that an operator multiplies its only tensor of the signal by."""
+    """The number that an operator multiplies its only tensor of the signal by.
+
+    Args:
+        name: of the operator.
+        args: what it is called with.
+        terms: those that it adds, without constant ones.
+
+    >>> constant, x = torch.ones(1), torch.ones(1)
+    >>> number_of("sub", (constant, x), terms_of("sub", (constant, x), {})[1:])
+    -1.0
+    """
     operator = operator_of(name)
     if operator == "neg":
         return -1.0

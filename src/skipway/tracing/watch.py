@@ -21,6 +21,7 @@ from skipway.tracing.arguments import Path, tensor_paths
 from skipway.tracing.channels import channel_axis
 from skipway.tracing.containers import ATOMS, tensors_in
 from skipway.tracing.example import Example, as_example, call_model, copy_example
+from skipway.tracing.foreign_hooks import calls_foreign_hook
 from skipway.tracing.module_state import kept_tensors
 from skipway.tracing.operator_call import Operand, OperatorCall
 from skipway.tracing.operators import part_of
@@ -48,8 +49,9 @@ def watch(model: nn.Module, example: Example, *, training: bool = False) -> Prog
     """The program that `model` runs on `example`, read from one forward pass.
 
     The pass runs on a copy on the meta device: no weights are allocated, nothing is computed and the model is not
-    touched. Where the meta device does not do (a model that reads values of its tensors), the model itself runs once,
-    without gradients, and its buffers, modes and random state are put back.
+    touched. Where the meta device does not do (a model that reads values of its tensors, or with forward hooks of
+    yours, which would be given tensors without values), the model itself runs once, without gradients, and its buffers,
+    modes and random state are put back.
 
     Args:
         model: any `torch.nn.Module`.
@@ -62,18 +64,20 @@ def watch(model: nn.Module, example: Example, *, training: bool = False) -> Prog
     """
     model, example = unwrap(model), as_example(example)
     refuse_scripted(model)
-    try:
-        copied = copy_to_meta(model)
-        given = copy_example(example, "meta")
-        program = record_program(set_mode(copied, training), given)
-        program.on_meta = True
-        return program
-    except Exception as problem:  # a foreign model may raise anything on the meta device
-        first = problem
-    if any(tensor.is_meta for tensor in model.parameters()):
-        raise SkipwayError(
-            f"{type(model).__name__} cannot be watched on the meta device ({first}); give a model with real weights"
-        ) from first
+    on_meta = any(tensor.is_meta for tensor in model.parameters())
+    if on_meta or not calls_foreign_hook(model):
+        try:
+            copied = copy_to_meta(model)
+            given = copy_example(example, "meta")
+            program = record_program(set_mode(copied, training), given)
+            program.on_meta = True
+            return program
+        except Exception as problem:  # a foreign model may raise anything on the meta device
+            if on_meta:
+                raise SkipwayError(
+                    f"{type(model).__name__} cannot be watched on the meta device ({problem}); give a model with real "
+                    "weights"
+                ) from problem
     try:
         with preserved_state(model):
             return record_program(set_mode(model, training), copy_example(example))
@@ -317,6 +321,7 @@ class Recorder(TorchDispatchMode):
         if (tags & (READS | SELECTS)) and any(map(self.is_signal, deciding(name, args, kwargs))):
             self.note_reader() if reads or tags & READS else self.program.selectors.append(self.modules.owner)
         addends = self.addends(name, args, terms)
+        varying = [term for term in terms if any(map(self.is_signal, term.tensors))]
         result = func(*args, **kwargs)
         mutates = func._schema.is_mutable
         if len(addends) > 1 and isinstance(result, Tensor):
@@ -329,7 +334,7 @@ class Recorder(TorchDispatchMode):
         part = "stride" if strided else part_of(name, signals, transposed=transposed)
         if part == "other" and signals < 2 and torch.Tag.pointwise in func.tags:
             part = "nonlinear"
-        factor = number_of(name, args, terms)
+        factor = number_of(name, args, varying)
         operation = OperatorCall.of(func, (args, kwargs), self.read) if signals else None
         for output, leaf in enumerate(tree_flatten(result)[0]):
             if isinstance(leaf, Tensor):
@@ -548,12 +553,13 @@ def without_transforms(tensor: Tensor) -> Tensor:
 
 def address(tensor: Tensor) -> tuple[int, tuple[Any, ...]]:
     """The location of a tensor's values: its storage, offset, size and strides."""
-    storage = storage_of(tensor)
-    if storage is None:
-        return id(tensor), ()
-    if tensor.is_nested:  # of rows of different sizes, so that it has none itself
-        return storage._cdata, (id(tensor),)
-    return storage._cdata, (tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+    with torch._C.DisableTorchFunction():  # `Calls`, which hooks of modules run in, would be asked six times
+        storage = storage_of(tensor)
+        if storage is None:
+            return id(tensor), ()
+        if tensor.is_nested:  # of rows of different sizes, so that it has none itself
+            return storage._cdata, (id(tensor),)
+        return storage._cdata, (tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
 def storage_of(tensor: Tensor) -> torch.UntypedStorage | None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from skipway.errors import CheckpointError
-from skipway.nn import Cut, Gain, Multiply, ResidualWarmup, ScaledActivation, ScaledShortcut
+from skipway.nn import Cut, Gain, Multiply, OrthogonalSum, ResidualWarmup, ScaledActivation, ScaledShortcut
 from skipway.tracing import unwrap
-from skipway.weights.prefixes import own_name, own_state
+from skipway.weights.extra_state import extra_state_owners
+from skipway.weights.prefixes import names_of_same, own_name, own_state
 from skipway.weights.tables import find_keymap
 
 __all__ = ["export_names"]
@@ -17,7 +18,8 @@ def export_names(model: nn.Module, names: str) -> dict[str, Tensor]:
     """The model's state dict under another library's names (axes of length 1 as they are here).
 
     Raises:
-        CheckpointError: a parameter that the other library has no name for (a scheme's gain, for example).
+        CheckpointError: a parameter that the other library has no name for (a scheme's gain, for example), or two that
+            it has one name for.
     """
     model = unwrap(model)
     keymap = find_keymap(model, names)
@@ -25,14 +27,22 @@ def export_names(model: nn.Module, names: str) -> dict[str, Tensor]:
         refuse_constants(model, names)
     warmups = (name for name, module in model.named_modules() if isinstance(module, ResidualWarmup))
     ended = set(map(own_name, warmups))  # others are refused
-    out: dict[str, Tensor] = {}
-    for ours, tensor in own_state(model).items():
+    own, out, origin = own_state(model), dict[str, Tensor](), dict[str, str]()
+    same = names_of_same(own, extra_state_owners(model))
+    for ours, tensor in own.items():
         if names != "skipway" and ours.rpartition(".")[0] in ended:
             continue
         found = keymap.find(ours)
         if found is None:
             raise CheckpointError(f"{names} has no name for {ours!r}, so this model cannot be exported to it")
         row, theirs = found
+        for name in theirs:
+            other = origin.setdefault(name, ours)
+            if other not in same[ours]:
+                raise CheckpointError(
+                    f"{names} has one name, {name!r}, for {other!r} and {ours!r}, so this model would compute "
+                    "something else there; export to names='skipway'"
+                )
         out.update(zip(theirs, row.divide(tensor, model), strict=True))
     return out | {copy: out[first] for copy, first in keymap.copies.items() if first in out}
 
@@ -40,7 +50,7 @@ def export_names(model: nn.Module, names: str) -> dict[str, Tensor]:
 def refuse_constants(model: nn.Module, names: str) -> None:
     """Raise where the model computes with something that no state dict carries, and that the other library lacks."""
     for name, module in model.named_modules():
-        constant = isinstance(module, Multiply | ScaledShortcut | ScaledActivation | Cut)
+        constant = isinstance(module, Multiply | OrthogonalSum | ScaledShortcut | ScaledActivation | Cut)
         constant |= isinstance(module, ResidualWarmup) and module.running
         if constant or (isinstance(module, Gain) and (module.factor != 1.0 or module.gain.ndim == 0)):
             raise CheckpointError(

@@ -14,7 +14,7 @@ from skipway.tracing import unwrap
 from skipway.tracing.restoration import run_to_end
 from skipway.weights.prefixes import EXTRA, own_name
 
-__all__ = ["extra_state_owners", "write_state"]
+__all__ = ["extra_state_owners", "refuse_copies", "write_state"]
 
 
 def extra_state_owners(model: nn.Module) -> dict[str, nn.Module]:
@@ -36,6 +36,26 @@ def extra_state_owners(model: nn.Module) -> dict[str, nn.Module]:
                 "set_extra_state; give it both, or neither"
             )
     return owners
+
+
+def refuse_copies(own: Mapping[str, Tensor], again: Mapping[str, Tensor], owners: Mapping[str, nn.Module]) -> None:
+    """Raise where a state dict has copies, which differ from one reading to the next: writing into them does nothing.
+
+    Args:
+        own: what is to be written into, by name.
+        again: the same, read once more.
+        owners: modules with extra state, by its name, which may be a copy.
+
+    Raises:
+        CheckpointError: such a tensor.
+    """
+    for name, tensor in own.items():
+        plain = name not in owners and type(tensor) in (Tensor, nn.Parameter)
+        if plain and tensor.data_ptr() != again[name].data_ptr():
+            raise CheckpointError(
+                f"{printable(name)!r} cannot be loaded: state_dict() returns a copy of it, into which nothing can be "
+                "written; use load_state_dict() of the module"
+            )
 
 
 @torch.no_grad()

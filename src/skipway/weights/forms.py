@@ -7,13 +7,15 @@ from collections.abc import Iterable
 
 __all__ = ["describe_forms"]
 
+PRUNED = r"_(?:orig|mask)$"
+"""Either alone says nothing: Swin's files have an `attn_mask`."""
 FORMS: tuple[tuple[str, str], ...] = (
     (
         r"\.lora_(?:[AB]|embedding_[AB])\b|\.lora_magnitude_vector\b",
         "adapters of LoRA, which are changes to other weights; merge them first (merge_and_unload() of peft)",
     ),
     (
-        r"_(?:orig|mask)$",
+        PRUNED,
         "pruned by torch.nn.utils.prune; prune.remove(module, name) leaves plain weights",
     ),
     (
@@ -50,7 +52,13 @@ def describe_forms(names: Iterable[str]) -> list[str]:
     []
     """
     names = list(names)
-    found = ((next((name for name in names if re.search(pattern, name)), None), kind) for pattern, kind in FORMS)
+    known = set(names)
+
+    def belongs(pattern: str, name: str) -> bool:
+        stem = re.sub(PRUNED, "", name)
+        return bool(re.search(pattern, name)) and (pattern != PRUNED or {f"{stem}_orig", f"{stem}_mask"} <= known)
+
+    found = ((next((name for name in names if belongs(pattern, name)), None), kind) for pattern, kind in FORMS)
     return [
         f"Its weights are {what} (for instance {name!r}); {remedy}."
         for name, kind in found

@@ -16,14 +16,13 @@ from torch import Tensor, nn
 from skipway.errors import CheckpointError, SkipwayError, counted, printable, spell
 from skipway.models import build
 from skipway.tracing import unwrap
-from skipway.tracing.watch import address
 from skipway.weights.adapt import CHOICES, Change, Misfit, read_choices
 from skipway.weights.container import cut, select_state_dict
-from skipway.weights.extra_state import extra_state_owners, write_state
+from skipway.weights.extra_state import extra_state_owners, refuse_copies, write_state
 from skipway.weights.files import read_weights
 from skipway.weights.forms import describe_forms
 from skipway.weights.keymap import KeyMap, equal_tensors
-from skipway.weights.prefixes import own_state, strip_prefixes
+from skipway.weights.prefixes import names_of_same, own_state, strip_prefixes
 from skipway.weights.stored_config import refuse_other_config
 from skipway.weights.tables import find_keymap, guess_architecture, known_libraries
 
@@ -50,6 +49,7 @@ class LoadReport:
         unexpected: their keys that match none of ours.
         misshapen: ours → both shapes.
         unequal: ours → another of our names for the same parameter (a tied head), of which the file has other values.
+        doubled: ours → another of ours, which is another parameter and has the same name in the file.
         near: one of `unexpected` → what comes closest to it.
         resampled: ours → both shapes, where `adapt` allowed to resample.
         fresh: ours that keep their value since `adapt` allowed that.
@@ -67,6 +67,7 @@ class LoadReport:
     unexpected: list[str] = field(default_factory=list)
     misshapen: dict[str, str] = field(default_factory=dict)
     unequal: dict[str, str] = field(default_factory=dict)
+    doubled: dict[str, str] = field(default_factory=dict)
     near: dict[str, str] = field(default_factory=dict)
     resampled: dict[str, str] = field(default_factory=dict)
     fresh: list[str] = field(default_factory=list)
@@ -77,7 +78,7 @@ class LoadReport:
     @property
     def fits(self) -> bool:
         """True if every key on both sides has its counterpart."""
-        return not (self.missing or self.unexpected or self.misshapen or self.unequal)
+        return not (self.missing or self.unexpected or self.misshapen or self.unequal or self.doubled)
 
     def differences(self) -> dict[str, list[str]]:
         """What was allowed to differ, and the names that it concerns."""
@@ -88,12 +89,14 @@ class LoadReport:
         missing = [f"{' + '.join(theirs)} (for {ours})" for ours, theirs in self.missing.items()]
         unexpected = [f"{key}{self.near.get(key, '')}" for key in self.unexpected]
         unequal = [f"{ours} ({other})" for ours, other in self.unequal.items()]
+        doubled = [f"{ours} (as {other})" for ours, other in self.doubled.items()]
         lines = [f"{len(self.tensors)} keys fit ({len(self.renamed)} renamed, {len(self.reshaped)} reshaped)"]
         for title, rows in (
             ("missing from the file", missing),
             ("not known to the model", unexpected),
             ("of another shape", [f"{ours}: {both}" for ours, both in self.misshapen.items()]),
             ("unequal to another name of the same parameter (leave out one of the two)", unequal),
+            ("of the same name in the file as another parameter, so its network is another one", doubled),
             ("resampled", [f"{ours}: {both}" for ours, both in self.resampled.items()]),
             ("kept as they are in the model", self.fresh),
             ("of the file left out", self.left_out),
@@ -188,7 +191,8 @@ def load(
 
     Raises:
         CheckpointError: a file that cannot be read safely, or keys that do not fit, each named, with the choice that
-            would allow it; or a module whose extra state is no tensor, or cannot be set.
+            would allow it; or a module whose extra state is no tensor, or cannot be set, or whose
+            `state_dict()` returns copies, so that there is nothing to write into.
         MissingExtraError: a name on the hub without huggingface_hub.
 
     >>> import skipway as sw
@@ -258,6 +262,7 @@ def load_state(
         else tensor.to(own[key].device, own[key].dtype)
         for key, tensor in report.tensors.items()
     }
+    refuse_copies(own, own_state(network), owners)
     write_state({key: own[key] for key in ready}, ready.items(), owners)
     odd = [key for key, tensor in ready.items() if tensor.is_floating_point() and not bool(tensor.isfinite().all())]
     if odd:
@@ -276,7 +281,7 @@ def misfit_hints(
     if forms:  # leaving them out would leave out a part of the weights
         return [*known, *forms]
     libraries = [names, *(each for each in known_libraries(network) if each != names)]
-    trials = {library: match(network, state, names=library, adapt=CHOICES) for library in libraries}
+    trials = {library: matched(network, state, library, CHOICES)[0] for library in libraries}
     fitting = [
         each for each, trial in trials.items() if trial.fits and 2 * len(trial.tensors) >= len(network.state_dict())
     ]
@@ -289,7 +294,7 @@ def misfit_hints(
     counts = {library: len(trial.tensors) for library, trial in trials.items()}
     best = max(libraries, key=lambda library: counts[library])
     if 2 * counts[best] >= len(network.state_dict()) and counts[best] > counts[names]:
-        rest = str(trials[best]).partition("\n")[2]
+        rest = str(match(network, state, names=best, adapt=CHOICES)).partition("\n")[2]
         return [*known, f"By {spell('names', best)} {counts[best]} keys fit; there would remain:", rest]
     guess = guess_architecture(state)
     if guess is not None and not isinstance(network, guess[0]):
@@ -316,6 +321,17 @@ def match(
     classifiers: Iterable[str] = (),
 ) -> LoadReport:
     """Match the keys of `state` with the model under the given choices, without changing the model."""
+    report, keymap, taken = matched(model, state, names, adapt, classifiers)
+    report.near.update({key: nearest_keys(key, keymap, taken) for key in report.unexpected[:SHOWN]})
+    return report
+
+
+def matched(
+    model: nn.Module, state: Mapping[str, Tensor], names: str, adapt: Iterable[str], classifiers: Iterable[str] = ()
+) -> tuple[LoadReport, KeyMap, set[str]]:
+    """`match` without what comes closest to unexpected keys, which takes the longest; the key map and the keys that the
+    model has.
+    """
     model = unwrap(model)
     keymap, made = find_keymap(model, names), read_choices(adapt)
     own, owners = own_state(model), extra_state_owners(model)
@@ -341,6 +357,10 @@ def match(
         ):
             misshapen[ours] = found
     report.unequal.update(unequal_names(report.tensors, sources, aliases))
+    firsts: dict[str, str] = {}
+    for ours, other in ((key, firsts.setdefault(name, key)) for key in report.tensors for name in sources[key]):
+        if other not in aliases[ours]:
+            report.doubled[ours] = other
     taken = {name for theirs in sources.values() for name in theirs}
     rest = [key for key in state if key not in taken and not keymap.ignores(key)]
     report.left_out.extend(key for key in rest if keymap.leaves_out(key))
@@ -359,19 +379,7 @@ def match(
         if change:
             report.adapt(change)
             report.used.append(name)
-    report.near.update({key: nearest_keys(key, keymap, taken) for key in report.unexpected[:SHOWN]})
-    return report
-
-
-def names_of_same(own: Mapping[str, Tensor], owners: Mapping[str, nn.Module]) -> dict[str, list[str]]:
-    """The names of each parameter or buffer, by each of them, that one first: a tied head has two. Extra state has
-    those of its module, since two modules may return one tensor and keep what is loaded each for itself.
-    """
-    groups: dict[object, list[str]] = {}
-    for key, tensor in own.items():
-        same = owners.get(key, address(tensor) if type(tensor) is Tensor else id(tensor))
-        groups.setdefault(same, []).append(key)
-    return {key: [key, *(each for each in group if each != key)] for group in groups.values() for key in group}
+    return report, keymap, taken
 
 
 def unequal_names(

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from skipway.errors import CheckpointError, spell
 from skipway.tracing import unwrap
+from skipway.tracing.watch import address
 
-__all__ = ["EXTRA", "INSERTED", "own_name", "own_state", "strip_prefixes"]
+__all__ = ["EXTRA", "INSERTED", "names_of_same", "own_name", "own_state", "strip_prefixes"]
 
 INSERTED = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Path segments that torch.compile, FSDP and activation checkpointing insert; no module of a network is called so."""
@@ -36,6 +37,17 @@ def own_name(key: str) -> str:
     return without_segments(key, INSERTED)
 
 
+def names_of_same(own: Mapping[str, Tensor], owners: Mapping[str, nn.Module]) -> dict[str, list[str]]:
+    """The names of each parameter or buffer, by each of them, that one first: a tied head has two. Extra state has
+    those of its module, since two modules may return one tensor and keep what is loaded each for itself.
+    """
+    groups: dict[object, list[str]] = {}
+    for key, tensor in own.items():
+        same = owners.get(key, address(tensor) if type(tensor) is Tensor else id(tensor))
+        groups.setdefault(same, []).append(key)
+    return {key: [key, *(each for each in group if each != key)] for group in groups.values() for key in group}
+
+
 def strip_prefixes(state: Mapping[str, Tensor], expected: Collection[str]) -> tuple[dict[str, Tensor], list[str]]:
     """A state dict without the prefixes of wrappers, and a remark if any was dropped.
 
@@ -55,7 +67,7 @@ def strip_prefixes(state: Mapping[str, Tensor], expected: Collection[str]) -> tu
     >>> list(state), remarks
     (['fc.weight', 'head'], ["the prefixes 'module.', 'backbone.' were dropped from 2 of 2 names"])
     """
-    state = {key: tensor for key, tensor in state.items() if key not in COUNTERS}
+    state = {key: tensor for key, tensor in state.items() if key not in COUNTERS or key in expected}
     strange = [key for key in state if key not in expected]
     names = {key: key for key in state}
     names.update((key, without_segments(key, INSERTED)) for key in strange)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from skipway.models.resnet import Block, ResNet
 from skipway.weights.keymap import KeyMap, KeyRule, module_rule, with_base_names
-from skipway.weights.tables import register_keymap
+from skipway.weights.tables import register_keymap, register_misfit
 
 __all__: list[str] = []
 
@@ -87,3 +87,7 @@ FROM_HUGGINGFACE = resnet_keymap(
     "huggingface", OUTSIDE_HUGGINGFACE, HUGGINGFACE, "resnet.encoder.stages.{i}.layers.{j}."
 )
 register_keymap(ResNet, replace(FROM_HUGGINGFACE, rules=with_base_names("resnet", FROM_HUGGINGFACE.rules)))
+POOLS = "shortcut='pooled'; its ResNet projects with a stride; timm has a pooled projection"
+for library in ("torchvision", "huggingface"):
+    register_misfit(ResNet, library, lambda model: POOLS if model.config.shortcut == "pooled" else None)
+    register_misfit(Block, library, lambda block: POOLS if has_pooled_shortcut(block) else None)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from skipway.models.swin import Swin
 from skipway.weights.keymap import KeyMap, KeyRule, module_rule, with_base_names
-from skipway.weights.tables import register_keymap
+from skipway.weights.tables import register_keymap, register_misfit
 
 __all__: list[str] = []
 
@@ -166,3 +166,15 @@ register_keymap(
     ),
     when=uses_cosine_attention,
 )
+
+
+def describe_swin_misfit(model: Swin) -> str | None:
+    """Why no library computes what a Swin does, all of which have V1 and V2 under the same names; None: they do."""
+    attention, norm = model.config.attention, model.config.norm
+    if norm == {"dot": "pre", "cosine": "respost"}[attention]:
+        return None
+    return f"attention={attention!r}, norm={norm!r}; it has 'dot' with 'pre' (V1), 'cosine' with 'respost' (V2) alone"
+
+
+for library in ("timm", "torchvision", "huggingface"):
+    register_misfit(Swin, library, describe_swin_misfit)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from skipway.models.vit import ViT
 from skipway.weights.keymap import KeyMap, KeyRule, module_rule, with_base_names
-from skipway.weights.tables import register_keymap
+from skipway.weights.tables import register_keymap, register_misfit
 
 __all__: list[str] = []
 
@@ -89,6 +89,11 @@ register_keymap(
     when=lambda model: model.config.pooling == "mean",
 )
 register_keymap(ViT, KeyMap("torchvision", TORCHVISION))
+register_misfit(
+    ViT,
+    "torchvision",
+    lambda model: None if model.config.act == "gelu" else f"act={model.config.act!r}; its ViT has the exact GELU alone",
+)
 register_keymap(
     ViT,
     KeyMap(

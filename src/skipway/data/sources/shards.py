@@ -12,7 +12,8 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -118,57 +119,17 @@ def index_shards(
     shards = {path: path.relative_to(root).as_posix() for path in paths}
     used = {path: split_in(shard) for path, shard in shards.items()}
     unused = [shards[path] for path, split in used.items() if split is None and looks_like_split(path.stem)]
-    by_shard = any(split not in ("train", None) for split in used.values())
-    members: dict[str, ShardMember] = {}
-    splits: dict[Split, FilesByClass] = {}
-    folders: set[str] = set()
-    alone, silent = set[str](), set[str]()
-    unlabelled: dict[str, list[str]] = {}
-    labelled: dict[Split, set[str]] = {split: set() for split in SPLITS}
-    left_out = LeftOut()
-    for path, shard in shards.items():
-        if shard in unused:
-            continue
-        split = used[path] or "train"
-        start = f"{split}/" if by_shard else ""
-        images, empty, unread = scan_shard(path, left_out)
-        silent |= {f"{shard}/{folder}" for folder in unread - {"", *(folder_of(member) for member, _, _ in images)}}
-        inside = {folder_of(member) for member, label, _ in images if label is None} | empty
-        top, around = top_folder(inside) if len(shards) > 1 else "", ""
-        if top and split_of(top) == split:
-            start, around = f"{split}/", top
-        elif top == path.stem and top not in inside:
-            alone.add(start + top)
-        folders |= {start + folder.removeprefix(around).removeprefix("/") for folder in empty}
-        for member, label, place in images:
-            file, folder = f"{shard}/{member}", folder_of(member)
-            members[file] = ShardMember(shard, *place)
-            if label is None:
-                below = start + folder.removeprefix(around).removeprefix("/")
-                unlabelled.setdefault(below, []).append(file)
-            else:
-                splits.setdefault(split, {}).setdefault(label, []).append(file)
-                labelled[split].add(folder)
-        if len(members) > MAX_MEMBERS:
-            raise DataError(f"{printable(source)} holds more than {MAX_MEMBERS:,} images, the most: train on a part")
     where, name = printable(source), paths[0].stem if len(paths) == 1 else root.resolve().name
-    for apart in labelled.values():
+    left_out = LeftOut()
+    contents = read_contents(shards, unused, where, left_out)
+    for apart in contents.labelled.values():
         check_labelled(apart, where)
     left_alone = tuple(f"{printable(shard)!r}: its name is none of train, val, test" for shard in unused)
-    if unlabelled:
-        tree = SourceFolder("")
-        # empty folders are classes, too, where folders say the classes
-        known = unlabelled.keys() if any(labelled.values()) else unlabelled.keys() | folders
-        for folder in sorted(known, key=lambda folder: folder.split("/")):
-            tree.enter(folder).files += unlabelled.get(folder, [])
-        merged = merge_parts(tree.folders.values() if by_shard else [tree], alone)
-        base = tree if by_shard else unwrapped(tree)
-        layout = layout_by_shards(tree, where) if by_shard else layout_of(base, where, fewest)
-        found, remarks = read_layout(tree, base, layout, subfolders, left_out)
-        remarks += merged
-        remarks += [f"nothing was read of {name_list(sorted(silent))}, which are no classes"] if silent else []
-        left_alone += layout.left_alone
-        add_in_order(splits, found, members)
+    splits = contents.splits
+    if contents.unlabelled:
+        found, remarks, aside = lay_out(contents, where, subfolders, fewest, left_out)
+        left_alone += aside
+        add_in_order(splits, found, contents.members)
     else:
         idle = {"allow_empty": allow_empty, "subfolders": subfolders} if fewest > 1 else {}
         remarks = idle_remarks(name, "has no class folders", **idle)
@@ -181,7 +142,7 @@ def index_shards(
         if other in splits:
             check_known_classes(splits[other], classes, where, other)
     return SourceIndex(
-        store=ShardStore(root, members),
+        store=ShardStore(root, contents.members),
         name=name,
         classes=classes,
         train={name: splits.get("train", {}).get(name, []) for name in classes},
@@ -191,6 +152,92 @@ def index_shards(
         unused=left_alone,
         remarks=tuple(remarks),
     )
+
+
+@dataclass
+class ShardContents:
+    """What shards hold.
+
+    Args:
+        by_shard: whether the names of the shards say the splits, which are then the folders around those in them.
+        members: where each image lies, by the path of its shard and its own.
+        splits: the images with a label beside them, by split and class.
+        labelled: the folders of these, by split.
+        unlabelled: the images without a label, by folder.
+        folders: those with nothing in them.
+        alone: the folders that are named as their shard and hold all of it in folders.
+        silent: the folders of which no image is read, with their shard.
+    """
+
+    by_shard: bool
+    members: dict[str, ShardMember] = field(default_factory=dict)
+    splits: dict[Split, FilesByClass] = field(default_factory=dict)
+    labelled: dict[Split, set[str]] = field(default_factory=lambda: {split: set() for split in SPLITS})
+    unlabelled: dict[str, list[str]] = field(default_factory=dict)
+    folders: set[str] = field(default_factory=set)
+    alone: set[str] = field(default_factory=set)
+    silent: set[str] = field(default_factory=set)
+
+
+def read_contents(shards: Mapping[Path, str], unused: Collection[str], where: str, left_out: LeftOut) -> ShardContents:
+    """The contents of shards, given with their paths below the source, without those that are left alone.
+
+    Raises:
+        DataError: they hold too many images, or what `scan_shard` refuses.
+    """
+    splits = {path: split_in(shard) for path, shard in shards.items() if shard not in unused}
+    contents = ShardContents(by_shard=any(split not in ("train", None) for split in splits.values()))
+    for path, said in splits.items():
+        shard, split = shards[path], said or "train"
+        start = f"{split}/" if contents.by_shard else ""
+        images, empty, unread = scan_shard(path, left_out)
+        read = {folder_of(member) for member, _, _ in images}
+        contents.silent |= {f"{shard}/{folder}" for folder in unread - {"", *read}}
+        inside = {folder_of(member) for member, label, _ in images if label is None} | empty
+        top, around = top_folder(inside) if len(shards) > 1 else "", ""
+        if top and split_of(top) == split:
+            start, around = f"{split}/", top
+        elif top == path.stem and top not in inside:
+            contents.alone.add(start + top)
+
+        def below(folder: str, start: str = start, around: str = around) -> str:
+            return start + folder.removeprefix(around).removeprefix("/")
+
+        contents.folders |= {below(folder) for folder in empty}
+        for member, label, place in images:
+            file, folder = f"{shard}/{member}", folder_of(member)
+            contents.members[file] = ShardMember(shard, *place)
+            if label is None:
+                contents.unlabelled.setdefault(below(folder), []).append(file)
+            else:
+                contents.splits.setdefault(split, {}).setdefault(label, []).append(file)
+                contents.labelled[split].add(folder)
+        if len(contents.members) > MAX_MEMBERS:
+            raise DataError(f"{where} holds more than {MAX_MEMBERS:,} images, the most: train on a part")
+    return contents
+
+
+def lay_out(
+    contents: ShardContents, where: str, subfolders: Subfolders, fewest: int, left_out: LeftOut
+) -> tuple[dict[Split, FilesByClass], list[str], tuple[str, ...]]:
+    """The images without a label by split and class, as `index_folders` reads the unpacked folders, with remarks and
+    what is left alone.
+
+    Raises:
+        DataError: folders in a shard name splits that its name or the labels do not; or what `index_folders` refuses.
+    """
+    tree = SourceFolder("")
+    # empty folders are classes, too, where folders say the classes
+    empty = set() if any(contents.labelled.values()) else contents.folders
+    for folder in sorted(contents.unlabelled.keys() | empty, key=lambda folder: folder.split("/")):
+        tree.enter(folder).files += contents.unlabelled.get(folder, [])
+    merged = merge_parts(tree.folders.values() if contents.by_shard else [tree], contents.alone)
+    base = tree if contents.by_shard else unwrapped(tree)
+    layout = layout_by_shards(tree, where) if contents.by_shard else layout_of(base, where, fewest)
+    found, remarks = read_layout(tree, base, layout, subfolders, left_out)
+    silent = name_list(sorted(contents.silent)) if contents.silent else ""
+    remarks = [*remarks, *merged, *([f"nothing was read of {silent}, which are no classes"] if silent else [])]
+    return found, remarks, layout.left_alone
 
 
 def add_in_order(splits: dict[Split, FilesByClass], found: dict[Split, FilesByClass], order: Iterable[str]) -> None:
@@ -253,7 +300,7 @@ def merge_parts(tops: Iterable[SourceFolder], alone: Collection[str]) -> list[st
             for folder in part.walk():
                 top.enter(folder.path.removeprefix(part.path)).files += folder.files
     example = printable(numbered[0][1][0].name)
-    return [f"each of the numbered shards is one folder, such as {example!r}: the folders in it are the classes"]
+    return [f"each numbered shard is one folder of its name, such as {example!r}: the folders in it are the classes"]
 
 
 def layout_by_shards(tree: SourceFolder, where: str) -> Layout:

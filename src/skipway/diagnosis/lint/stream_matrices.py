@@ -121,7 +121,7 @@ def side_of(value: Tensor) -> int | None:
 
 def is_viewed_as_square(program: Program, name: str, side: int) -> bool:
     """Whether what is made of a parameter within a few operators ends in axes (n, n)."""
-    waiting = [value.number for value in program.values if value.parameters == {name} and value.operator == "parameter"]
+    waiting = program.leaves.get(name, [])
     for _ in range(NEAR):
         waiting = [user for number in waiting for user in program.users[number]]
         if any(program[number].shape[-2:] == (side, side) for number in waiting):

@@ -124,15 +124,17 @@ def half_writes(survey: Survey) -> Iterator[Hit]:
     program = survey.measured if matrices else None
     if program is None:
         return
+    gates: dict[str, list[int]] = {}
+    for value in program.values:
+        if value.operator.strip("_") == "sigmoid":
+            gates.setdefault(value.owner, []).append(value.number)
     half: dict[str, float] = {}
     for matrix in matrices:
         path, count = matrix.name.rpartition(".")[0], len(matrix.values)
-        for gate in program.values:
-            if gate.operator.strip("_") == "sigmoid" and gate.owner == path:
-                factor = write_factor(program, gate.number, count)
-                mean = program.means.get(gate.number, 0.0)
-                if factor == 1.0 and 0.4 < mean < 0.6:
-                    half[path] = mean
+        for gate in gates.get(path, ()):
+            mean = program.means.get(gate, 0.0)
+            if 0.4 < mean < 0.6 and write_factor(program, gate, count) == 1.0:
+                half[path] = mean
     if half:
         mean = sum(half.values()) / len(half)
         yield Hit(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -257,15 +257,22 @@ def entry_factor(model: nn.Module, program: Program, seen: ResidualAdd) -> float
     """The product of the numbers, held by buffers or given as they are, between a stream and a branch's first map."""
     crossed = list(program.between(seen.numbers[3], seen.numbers[1]))
     first = next((value.number for value in crossed if value.part == "map"), 0)
-    buffers = {name: value for name, value in model.named_buffers() if value.numel() == 1 and not value.is_meta}
     factor = 1.0
     for value in crossed:
         if value.number >= first:
             break
         factor *= value.factor
         if value.part == "scale" and value.operator == "mul":
-            factor *= math.prod(float(buffers[name]) for name in value.parameters & buffers.keys())
+            factor *= math.prod(held_numbers(model, value.parameters))
     return factor
+
+
+def held_numbers(model: nn.Module, names: Iterable[str]) -> Iterator[float]:
+    """Those of some parameters and buffers that are buffers of one number."""
+    for path, _, own in (name.rpartition(".") for name in names):
+        buffer = model.get_submodule(path)._buffers.get(own)
+        if buffer is not None and buffer.numel() == 1 and not buffer.is_meta:
+            yield float(buffer)
 
 
 def link_of_residual(paths: Mapping[int, str], connection: Connection) -> Link:
@@ -323,7 +330,7 @@ def passage(program: Program | None, name: str) -> str | None:
     """
     if program is None:
         return "exact"
-    waiting = [v.number for v in program.values if v.operator == "parameter" and v.parameters == frozenset({name})]
+    waiting = list(program.leaves.get(name, ()))
     if not waiting:
         return None
     kind = "exact"

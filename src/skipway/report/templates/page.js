@@ -1,11 +1,12 @@
 // a press on a heading sorts the table by that column, a second one the other way round
+const collator = new Intl.Collator(undefined, {numeric: true});  // localeCompare with options makes one at each call
 for (const button of document.querySelectorAll("th button")) button.addEventListener("click", () => {
   const cell = button.parentElement, body = cell.closest("table").tBodies[0], column = cell.cellIndex;
-  const down = cell.ariaSort === "ascending", key = (row) => row.cells[column].dataset.value;
-  const compare = (a, b) => isNaN(a) || isNaN(b) ? a.localeCompare(b, undefined, {numeric: true}) : a - b;
+  const down = cell.ariaSort === "ascending", rows = [...body.rows].map((row) => [row.cells[column].dataset.value, row]);
+  const compare = (a, b) => isNaN(a) || isNaN(b) ? collator.compare(a, b) : a - b;
   for (const other of cell.parentElement.cells) other.removeAttribute("aria-sort");
   cell.ariaSort = down ? "descending" : "ascending";
-  body.append(...[...body.rows].sort((a, b) => (down ? -1 : 1) * compare(key(a), key(b))));
+  body.append(...rows.sort(([a], [b]) => (down ? -1 : 1) * compare(a, b)).map(([, row]) => row));
 });
 for (const figure of document.querySelectorAll("figure.chart")) {
   const svg = figure.querySelector("svg:not(.sample)"), out = figure.querySelector(".reading");

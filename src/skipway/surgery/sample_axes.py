@@ -1,0 +1,132 @@
+"""Which axis of what modules put out holds the samples: found by passes with more and with other samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from skipway.errors import SkipwayError
+from skipway.surgery.block_axes import (
+    CLOSE,
+    MOST_TRIES,
+    axis_choices,
+    changed_example,
+    doubled_axis,
+    exchange_first,
+    extend,
+    gap,
+)
+from skipway.surgery.checks import rounding_of
+from skipway.surgery.insertion_point import InsertionPoint
+from skipway.surgery.transaction import draw
+from skipway.surgery.verification import forward_hooks
+from skipway.tracing import Example, call_model, preserved_state
+from skipway.tracing.arguments import item_at
+from skipway.tracing.example import copy_example
+from skipway.tracing.restoration import without_fused_layers
+
+__all__ = ["find_output_axes"]
+
+Outputs = Mapping[str, Tensor]
+
+
+def find_output_axes(model: nn.Module, example: Example, points: Mapping[str, InsertionPoint]) -> dict[str, int | None]:
+    """The axis of the samples in what is put out at each insertion point, by its slot; None where no axis holds one
+    entry for each sample. The model is left as it is.
+
+    An axis of the example is that of the samples if further entries on it, with other values, do not change what is put
+    out for the first ones, and another first entry does not change the rest. With twice as many, the axes of the
+    samples are twice as long.
+
+    Args:
+        model: any module.
+        example: what the model is called with.
+        points: where, by their slots.
+
+    Raises:
+        SkipwayError: no axis of the example holds samples that have no influence on each other.
+    """
+    close = max(CLOSE, rounding_of(model.parameters()))
+    with awake(model):
+        before = outputs_at(model, example, points)
+        for axes in islice(axis_choices(example), MOST_TRIES):
+            path, axis = next(iter(axes.items()))
+            count = item_at(example, path).shape[axis]
+            try:
+                more = outputs_at(model, changed_example(example, axes, extend), points)
+                other = (
+                    outputs_at(model, changed_example(example, axes, exchange_first), points) if count > 1 else before
+                )
+                found = {slot: sample_axis(slot, each, more[slot], count) for slot, each in before.items()}
+                if all(
+                    axis is None
+                    or (
+                        gap(before[slot], more[slot].narrow(axis, 0, count)) <= close
+                        and (count == 1 or gap(*(rest(each[slot], axis) for each in (before, other))) <= close)
+                    )
+                    for slot, axis in found.items()
+                ):
+                    return found
+            except Exception:  # whatever a network raises that is given another number of samples
+                continue
+    raise SkipwayError(
+        "no axis of the example holds independent samples: more or other entries on any axis do not run, or change "
+        "what branches compute of the rest; a branch is dropped sample by sample, so give an example with samples"
+    )
+
+
+def sample_axis(slot: str, before: Tensor, more: Tensor, count: int) -> int | None:
+    """The axis that became twice as long, if it holds one entry for each sample."""
+    try:
+        axis = doubled_axis(slot, before.shape, more.shape)
+    except SkipwayError:
+        return None
+    return axis if axis is not None and before.shape[axis] == count else None
+
+
+def rest(output: Tensor, axis: int) -> Tensor:
+    """All samples but the first."""
+    return output.narrow(axis, 1, output.shape[axis] - 1)
+
+
+def outputs_at(model: nn.Module, example: Example, points: Mapping[str, InsertionPoint]) -> Outputs:
+    """What is put out at each insertion point in evaluation mode."""
+    found: dict[str, Tensor] = {}
+    slots = {point.name: slot for slot, point in points.items()}
+
+    def leave(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        call = points[slots[name]].call
+        if call is not None:
+            output = item_at(output, call.output)
+        found[slots[name]] = (output[0] if isinstance(output, tuple | list) else output).detach().float().clone()
+
+    hooks = forward_hooks(model, slots, leave=leave)
+    with hooks, preserved_state(model), without_fused_layers(), torch.no_grad():
+        call_model(model.eval(), copy_example(example))
+    return found
+
+
+@contextmanager
+def awake(model: nn.Module) -> Iterator[None]:
+    """Within it, parameters that are 0, or -1 as in gains of 1 + g, hold random values: what puts out 0 hides what it
+    depends on.
+    """
+    silent: Sequence[nn.Parameter] = [
+        each
+        for each in model.parameters()
+        if each.is_floating_point() and each.numel() and bool((each == 0).all() or (each == -1).all())
+    ]
+    held = [each.detach().clone() for each in silent]
+    try:
+        for each in silent:
+            draw(each, len(silent))
+        yield
+    finally:
+        with torch.no_grad():
+            for each, old in zip(silent, held, strict=True):
+                each.copy_(old)
