@@ -27,6 +27,14 @@ X = torch.randn(64, 12, generator=GENERATOR)
 Y = (X @ torch.randn(12, 4, generator=GENERATOR)).argmax(1)
 
 
+class Notes:
+    """What a network notes; a diagnosis would put back lists that are its attributes."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+        self.looked_at: list[float] = []
+
+
 class Net(nn.Module):
     """Notes what it is called with in training."""
 
@@ -34,11 +42,11 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.layers = nn.Sequential(nn.Linear(12, width), nn.ReLU(), nn.Linear(width, out))
-        self.seen: list[float] = []
+        self.notes = Notes()
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and len(x) == 16:
-            self.seen.append(float(x.detach().sum()))
+            self.notes.seen.append(float(x.detach().sum()))
         return self.layers(x)
 
 
@@ -132,7 +140,7 @@ def test_all_designs_see_the_same_batches_in_the_same_order_and_stay_as_they_wer
     first, second = Net(), Net(width=24)
     before = copy.deepcopy(first.state_dict())
     found = sw.diagnose([first, second], loader, **SETTINGS)
-    one, two = first.seen, second.seen
+    one, two = first.notes.seen, second.notes.seen
     assert len(set(one)) >= 8  # the loader shuffles anew in every round
     taken = [len(each.curve) for each in found]
     assert taken[0] == taken[1]
@@ -214,13 +222,9 @@ def test_equal_cost_is_more_steps_for_the_faster():
 class Recorder(Net):
     """Notes the batches that it is trained on, and those that are only looked at."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.looked_at: list[float] = []
-
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
-            self.looked_at.append(float(x.sum()))
+            self.notes.looked_at.append(float(x.sum()))
         return super().forward(x)
 
 
@@ -229,13 +233,13 @@ def test_losses_are_compared_on_batches_that_no_step_took():
     batches = [(torch.randn(16, 12, generator=generator), Y[:16]) for _ in range(60)]
     model = Recorder()
     diagnosis = sw.diagnose(model, batches, **SETTINGS)
-    model.seen, model.looked_at = [], []
+    model.notes = Notes()
     look_equally(diagnosis, 12, 12)
-    assert len(set(model.seen)) == 12
+    assert len(set(model.notes.seen)) == 12
     held_out = float(batches[0][0].sum())
-    behind = [each for each in model.looked_at if each != held_out]
+    behind = [each for each in model.notes.looked_at if each != held_out]
     assert len(behind) >= 8
-    assert set(behind[-8:]).isdisjoint(model.seen)
+    assert set(behind[-8:]).isdisjoint(model.notes.seen)
 
 
 def test_the_name_of_a_design_breaks_between_its_options_only():

@@ -14,10 +14,10 @@ from skipway.inference.onnx import check_agreement, export_onnx, export_program
 
 TOKENS = {"depth": 1, "dim": 16, "heads": 2, "patch": 8, "image": 16, "classes": 5}
 MODELS = {
-    "resnet": ("resnet-cifar", {"depth": 8, "blocks": (1, 1), "squeeze": 4, "width": 8, "stem_width": 8}),
+    "resnet": ("resnet-cifar", {"blocks": (1, 1), "squeeze": 4, "width": 8, "stem_width": 8}),
     "vit": ("vit-tiny-16", {**TOKENS, "registers": 1}),
     "cait": ("cait-xxs24", {**TOKENS, "class_blocks": 1}),
-    "convnext": ("convnextv2", {"depth": 5, "blocks": (1, 1), "width": 8, "classes": 5}),
+    "convnext": ("convnextv2", {"blocks": (1, 1), "width": 8, "classes": 5}),
     "swin": ("swin-tiny", {"dim": 8, "heads": 2, "blocks": (2,), "window": 2, "image": 16, "classes": 5}),
     "swinv2": ("swinv2-tiny", {"dim": 8, "heads": 2, "blocks": (1, 1), "window": 2, "image": 16, "classes": 5}),
 }

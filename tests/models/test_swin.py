@@ -573,6 +573,32 @@ def test_names_go_both_ways(version, library):
         assert all(key.startswith((root, "classifier.")) for key in state)
 
 
+def coordinates(side: int, learned: int) -> torch.Tensor:
+    """V2's offsets as files hold them (Liu et al. 2022, eq. 4, over log₂ 8): (1, 2 side - 1, 2 side - 1, 2)."""
+    line = torch.arange(1.0 - side, side) * 8 / (learned - 1)
+    line = line.sign() * torch.log2(1 + line.abs()) / 3
+    return torch.stack(torch.meshgrid(line, line, indexing="ij"), -1)[None]
+
+
+@pytest.mark.parametrize("learned", [2, 3, 24])
+def test_tables_in_a_file_show_the_windows_that_v2_learned_at(learned):
+    table = coordinates(4, learned).bfloat16()
+    state = export_names(small("v2"), "timm")
+    state |= {f"layers.{i}.blocks.{j}.attn.relative_coords_table": table for i in range(3) for j in range(2)}
+    said = rf"learned_window=\(4, 4, 4\) in the model, learned_window=\({learned}, {learned}, {learned}\) in the file"
+    with pytest.raises(sw.CheckpointError, match=said):
+        sw.load(small("v2"), state, names="timm")
+    assert sw.load(small("v2", learned_window=learned), state, names="timm")
+
+
+@needs_torchvision
+def test_torchvision_s_tables_show_its_windows():
+    state = of_torchvision("v2").state_dict()
+    with pytest.raises(sw.CheckpointError, match=r"window=\(8, 8, 4\) in the model, window=\(4, 4, 4\) in the file"):
+        sw.load(small("v2", window=8), state, names="torchvision")
+    assert sw.load(small("v2", window=8, learned_window=4), state, names="torchvision")
+
+
 def test_config_tells_its_maps_and_windows():
     config = SwinConfig(dim=96, heads=3, window=7, image=300)
     assert config.maps == (75, 38, 19, 10)

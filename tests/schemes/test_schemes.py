@@ -202,7 +202,7 @@ def compiled_pairs() -> list[tuple[str, str]]:
 
 
 def make_small(model: str, spec: str) -> nn.Module:
-    cifar = {"depth": 8, "blocks": (1, 1), "width": 4, "stem_width": 4}
+    cifar = {"blocks": (1, 1), "width": 4, "stem_width": 4}
     options = cifar if model == "cifar" else {**MODELS["vit"][1], "depth": 1}
     return sw.build(MODELS[model][0], scheme=spec, **options).eval()
 

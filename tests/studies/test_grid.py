@@ -7,6 +7,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from skipway.cli.study import run_study, split_specs
 from skipway.errors import SkipwayError
@@ -142,6 +143,47 @@ def test_the_grid_of_a_users_data_is_complete_with_the_cells_that_the_data_do_no
     assert {part.data: (part.complete, len(part.rows)) for part in parts} == {"cifar10": (True, 12), None: (True, 12)}
 
 
+class Images(Widths):
+    """The number of images."""
+
+    def measure(self, cell, device="cpu"):
+        return {"value": float(len([*Path(cell.get("data", ".")).rglob("*.png")]))}
+
+
+def test_cells_are_measured_again_where_their_path_holds_other_images(tmp_path, capsys):
+    study, data = Images(), tmp_path / "photos"
+    for name, shade in product(("cat", "dog"), range(6)):
+        (data / name).mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 20 * shade).save(data / name / f"{shade}.png")
+    choices = Choices(data=str(data))
+
+    def measure(given=choices):
+        options = {"budget": "cpu", "choices": given, "jobs": 0, "share": None, "device": "cpu"}
+        assert run_study(study, tmp_path / "out", options) == 0
+        parts = split_by_grid(study, read_rows(tmp_path / "out", study))
+        return {study.conclude(part.measured)[0].text for part in parts}, capsys.readouterr().out
+
+    assert measure()[0] == {"mean 12"}
+    found, text = measure()
+    assert "12 cells, 12 of them already measured" in text
+    first = study.fingerprint(str(data))
+    Image.new("L", (8, 8), 200).save(data / "cat" / "new.png")
+    found, text = measure(Choices(data=str(data), seeds=(0,)))
+    assert found == {"mean 12", "mean 13"}  # never one mean of both
+    assert "widths: 4 cells measured on other files of --data" in text
+    found, text = measure()
+    assert found == {"mean 13"}
+    assert "12 cells, 8 of them already measured" in text
+    second = study.fingerprint(str(data))
+    Image.new("L", (64, 64), 200).save(data / "cat" / "new.png")
+    assert len({first, second, study.fingerprint(str(data))}) == 3
+    (tmp_path / "text.txt").write_text("to be or not to be\n" * 200)
+    of_text = find_study("text-schemes")
+    known = of_text.fingerprint(str(tmp_path / "text.txt"))
+    (tmp_path / "text.txt").write_text("to be or not to bet\n" * 200)
+    assert of_text.fingerprint(str(tmp_path / "text.txt")) != known
+
+
 @pytest.mark.parametrize("data", ["My  Photos", "a\u3000b", "a\u00a0b", " a", "a\tb", "a\nb", '"a"', "1", "a b"])
 def test_rows_are_found_again_whatever_whitespace_the_data_path_has(data, tmp_path):
     study = Widths()
@@ -195,6 +237,9 @@ def test_a_published_number_is_that_of_a_cell_and_the_published_rows_are_of_one_
     for each in study.published:
         wanted = {key: value for key, value in each.where.items() if key != "dataset"}
         assert any(wanted.items() <= cell.items() for cell in cells), each.what
+        for budget in ("cpu", "gpu", "paper"):
+            same = [cell for cell in study.cells(budget, Choices()) if wanted.items() <= dict(cell.settings).items()]
+            assert len({(cell.get("lr"), cell.get("seed")) for cell in same}) == len(same), each.what
     rows = read_rows(Path(__file__).parents[2] / "docs/studies", study)
     assert [part.budget for part in split_by_grid(study, rows)] == ["cpu"]
 

@@ -10,17 +10,19 @@ import shutil
 import signal
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import skipway as sw
 from skipway.errors import CheckpointError, SkipwayError
 from skipway.report.chart import Figure, Point, Series
 from skipway.report.svg import draw, svg_file
 from skipway.studies.cell import Cell, Choices
-from skipway.studies.fit import restart_
+from skipway.studies.fit import UNKNOWN_CHANCE, chance, data_of, restart_
 from skipway.studies.index import write_index
-from skipway.studies.page import write_study_page
+from skipway.studies.page import published_table, write_study_page
 from skipway.studies.runner import Share, cell_by_key, read_rows, remeasure, run
 from skipway.studies.statistics import SeedValues, group_values, pair_by_seed, select_best, series_over
 from skipway.studies.study import Published, Study, Verdict, find_study, studies
@@ -191,6 +193,98 @@ def test_a_diverged_training_is_a_marker_at_the_top_of_a_loss_figure():
     assert [(point.y, point.count) for point in line.points] == [(0.01, 2), (math.inf, 2)]
 
 
+@pytest.mark.parametrize("name", ["skipinit", "layerscale", "convnext-parts", "streams"])
+def test_a_published_number_is_compared_at_the_best_learning_rate(name):
+    study = find_study(name)
+    each = study.published[0]
+    rows = [
+        {**each.where, "lr": rate, "seed": seed, "train_loss": 1 - rate, "train_error": 1 - rate}
+        | {study.criterion: rate, each.column: rate}
+        for rate in (0.3, 0.1)
+        for seed in (0, 1, 2)
+    ]
+    assert each.measured_values(rows, study.criterion) == SeedValues((0.1, 0.1, 0.1))
+    assert "(3 seeds)" in str(published_table(study, rows)[0].rows[0])
+
+
+@pytest.mark.parametrize("name", ["depth-transfer", "text-depth-transfer"])
+def test_the_own_variants_are_judged_against_their_own_shallow_network(name):
+    study = find_study(name)
+
+    def at_the_base(*schemes):
+        cells = study.cells("cpu", Choices(schemes=schemes or None))
+        return {cell["scheme"] for cell in cells if cell["kind"] == "train" and cell["depth"] == 2}
+
+    assert at_the_base() == {"no factor"}
+    assert at_the_base("rezero", "1/√m", "1/m") == {"rezero", "1/√m"}
+    rows = [
+        row
+        for scheme, depth, best in (("rezero", 2, 2e-3), ("no factor", 2, 1.6e-2), ("1/m", 8, 1.6e-2))
+        for rate in (2e-3, 1.6e-2)
+        for row in losses(scheme, (abs(rate - best),), depth, rate)
+    ]
+    claim = next(each for each in study.conclude(rows) if each.claim.startswith("With 1/m the best"))
+    assert (claim.answer, "Best rate 0.016 with 2 blocks, 0.016 with 8" in claim.text) == ("holds", True)
+    foreign = [row for row in rows if row["scheme"] != "no factor"]
+    assert {each.answer for each in study.conclude(foreign)} == {"open"}
+    assert all(draw(figure) for figure in study.figures(rows))
+
+
+def guessing(counts):
+    return chance(SimpleNamespace(test=SimpleNamespace(labels=torch.arange(len(counts)).repeat_interleave(counts))))
+
+
+def test_chance_is_the_best_constant_answer():
+    found = guessing(torch.tensor([3, 1]))
+    assert found["chance_error"] == 0.25
+    assert found["chance_loss"] == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
+    assert guessing(torch.tensor([4, 4]))["chance_loss"] == pytest.approx(math.log(2))
+    digits = chance(data_of(None))
+    assert (digits["chance_error"], digits["chance_loss"]) == pytest.approx((0.9, math.log(10)), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "poor", "answer"),
+    [
+        ("fixup", 0, lambda cell: True, "does not hold"),
+        ("schemes", 0, lambda cell: cell["scheme"] == "plain", "holds"),
+        ("skipinit", 1, lambda cell: cell["depth"] == 64, "holds"),
+        ("skipless-vit", 1, lambda cell: cell["scheme"] == "no skip", "holds"),
+        ("norm-placement", 1, lambda cell: not cell["warmup"], "does not hold"),
+        ("fully-connected", 1, lambda cell: False, "holds"),
+        ("fully-connected", 2, lambda cell: True, "does not hold"),
+        ("paths", 0, lambda cell: cell["scheme"] == "plain", "holds"),
+    ],
+)
+def test_what_counts_as_trained_depends_on_the_classes_of_the_data(name, number, poor, answer):
+    """Of two equal classes, an error of 48 % is that of chance, and a hundred times its loss is 69."""
+    study = find_study(name)
+    rows = []
+    for cell in study.cells("cpu", Choices(data="photos")):
+        error = 0.48 if poor(cell) else 0.1
+        measured = {"dataset": "photos", "train_error": error, "test_error": error, "loss_1": 100.0, "blocks": 9}
+        measured |= {"intact": 0.1, "deleted_1": 0.3 if poor(cell) else 0.1, "worst": 0.5}
+        rows.append({**dict(cell.settings), "key": cell.key, **measured})
+    told = [{**row, **guessing(torch.tensor([1, 1]))} for row in rows]
+    assert study.conclude(told)[number].answer == answer
+    found = study.conclude(rows)[number]
+    assert (found.answer, found.text) == ("open", UNKNOWN_CHANCE)
+    of_ten = [{**row, "data": None} for row in rows]
+    assert study.conclude(of_ten)[number].answer not in (answer, "open")
+    assert {each.note for each in study.figures(told) if "Chance" in each.note} <= {"Chance is 50 %."}
+    assert {each.note for each in study.figures(of_ten) if "Chance" in each.note} <= {"Chance is 90 %."}
+
+
+def test_largest_depths_and_rates_are_those_that_beat_chance():
+    study = find_study("schemes")
+    cells = [cell for cell in study.cells("cpu", Choices(data="photos")) if cell["kind"] == "as it is"]
+    rows = [{**dict(cell.settings), "test_error": 0.45, "train_error": 0.45} for cell in cells]
+    told = [{**row, **guessing(torch.tensor([1, 1]))} for row in rows]
+    assert {line["largest depth that trains"] for line in study.summary(told)} == {None}
+    assert {line["largest depth that trains"] for line in study.summary([{**r, "data": None} for r in rows])} == {110}
+    assert {line["scheme"]: line["needs normalisation"] for line in study.summary(rows)}["identity"] is None
+
+
 def test_values_come_back_from_a_table_as_they_were(tmp_path):
     table = StudyTable(tmp_path / "t.csv", ("scheme",))
     rows = [
@@ -278,6 +372,17 @@ def test_shares_of_an_array_are_disjoint_and_merge(tmp_path):
     for wrong in ("4/4", "1", "-1/4", "a/b"):
         with pytest.raises(SkipwayError, match="INDEX/COUNT"):
             Share.read(wrong)
+
+
+def test_of_two_tables_the_one_that_changed_last_counts(tmp_path):
+    """After a job array, whose shares stay, cells may be measured again by another command."""
+    study = Squares()
+    rows = run(study, tmp_path, jobs=0, share=Share.read("0/1"))
+    StudyTable(tmp_path / "squares.csv", study.settings).append({**rows[0], "square": 7.0})
+    (share,) = tmp_path.glob("squares.share-*.csv")
+    for time, expected in ((1, 7.0), (2**31, rows[0]["square"])):
+        os.utime(share, (time, time))
+        assert read_rows(tmp_path, study)[0]["square"] == expected
 
 
 def test_the_last_row_without_an_error_counts():

@@ -215,3 +215,28 @@ def test_a_block_that_computes_of_each_sample_what_later_ones_need_is_left_alone
     assert "for blocks.1" in operation.refused["blocks.0"]
     net.train()(x)
     torch.testing.assert_close(net.seen[0], net.blocks[0].g(x))
+
+
+def test_a_block_whose_memory_grows_is_left_alone():
+    class Growing(Threaded):
+        def forward(self, x, h):
+            return x + self.f(x) * h.mean(1), torch.cat([h, self.g(x)[:, None]], 1)
+
+    class Reading(Threaded):
+        def forward(self, x, h):
+            return x + self.f(x) * h.mean(1), self.g(h)
+
+    torch.manual_seed(0)
+    net = ThreadedNet()
+    net.blocks = nn.ModuleList([Growing(), Reading(), Reading()])
+    x, h = torch.randn(6, 4), torch.randn(6, 2, 4)
+    operation = skip_compute(net, (x, h), 0.5, rising=False)
+    assert list(operation.touched) == ["blocks.1", "blocks.2"]
+    assert "is given nothing of that shape" in operation.refused["blocks.0"]
+
+
+def test_what_stands_for_skipped_samples_is_asked_for_where_it_is_absent():
+    net, x = ThreadedNet(), torch.randn(6, 4)
+    skip_compute(net, (x, torch.randn(6, 4)), 0.5, rising=False)
+    with pytest.raises(sw.SkipwayError, match="h was in the example of skip_compute and is not given now"):
+        net.train()(x)

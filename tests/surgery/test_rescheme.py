@@ -862,3 +862,28 @@ def test_stochastic_depth_is_refused_where_rows_are_no_samples():
     with pytest.raises(SkipwayError, match="no axis with one entry for each sample"):
         rescheme(model, torch.randn(2, 4, 8), "stochasticdepth")
     assert_same(model, keys, types)
+
+
+class Timed(nn.Module):
+    """f(t, x), and an embedding with positions that all samples share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places, self.layer = nn.Embedding(9, 8), nn.Embedding(9, 8), BatchFirst()
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.layer(x * t if x.is_floating_point() else self.words(x) + self.places(t))
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        (torch.tensor(0.5), torch.randn(3, 4, 8)),
+        {"t": torch.arange(4)[None], "x": torch.arange(12).view(3, 4) % 9},
+    ],
+    ids=["time", "positions"],
+)
+def test_stochastic_depth_finds_samples_that_the_first_tensor_of_the_example_does_not_hold(example):
+    model = Timed().eval()
+    assert rescheme(model, example, "stochasticdepth").touched.keys() == {"layer:1", "layer:2"}
+    assert [each.axis for each in model.modules() if isinstance(each, DropPath)] == [0, 0]

@@ -26,8 +26,15 @@ from skipway.surgery import (
     shorten,
     skip_compute,
 )
+from skipway.tracing import unwrap
 
 Operate = Callable[..., Operation]
+
+
+def count_blocks(model: nn.Module) -> int:
+    """Of a network in wrappers, too; 4 of one without."""
+    return len(getattr(unwrap(model), "blocks", range(4)))
+
 
 # tolerances are for bfloat16 alone
 OPERATIONS: dict[str, Operate] = {
@@ -35,9 +42,9 @@ OPERATIONS: dict[str, Operate] = {
     "fixup": lambda m, x, **loose: (remove_norm(m, x, how="fold", **loose), rescheme(m, x, "fixup", **loose))[1],
     "fold": lambda m, x, **loose: remove_norm(m, x, how="fold", **loose),
     "normfree": lambda m, x, **loose: remove_norm(m, x, how="normfree", **loose),
-    "lesion": lambda m, x, **loose: lesion(m, x, [f"blocks.{len(m.blocks) // 2}"]),
-    "shorten": lambda m, x, **loose: shorten(m, x, len(m.blocks) - 1),
-    "deepen": lambda m, x, **loose: deepen(m, x, len(m.blocks) // 2, **loose),
+    "lesion": lambda m, x, **loose: lesion(m, x, [f"blocks.{count_blocks(m) // 2}"]),
+    "shorten": lambda m, x, **loose: shorten(m, x, count_blocks(m) - 1),
+    "deepen": lambda m, x, **loose: deepen(m, x, count_blocks(m) // 2, **loose),
     "skip_compute": lambda m, x, **loose: skip_compute(m, x, 0.5),
     "checkpointed": lambda m, x, **loose: checkpointed(m, x),
     "reversible": lambda m, x, **loose: reversible(m, x, **loose),

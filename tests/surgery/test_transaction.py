@@ -32,6 +32,7 @@ from skipway.surgery import (
     skip_compute,
 )
 from skipway.surgery.operation import Journal
+from skipway.surgery.sample_axes import awake
 from skipway.surgery.transaction import transaction
 
 OPERATIONS: dict[str, Callable[[nn.Module], object]] = {
@@ -408,3 +409,31 @@ def test_an_old_classifier_is_trained_again_after_the_whole_network_is():
     net.requires_grad_(True)
     assert operation.undo(force=True) is net
     assert net.head.weight.requires_grad
+
+
+def test_flags_go_with_blocks_that_are_numbered_anew():
+    blocks = [nn.Linear(2, 2) for _ in range(4)]
+    net = nn.Sequential(*blocks)
+    with transaction(net, title="shorter") as change:
+        change.set_modules(net, {"0": blocks[0], "1": blocks[2], "2": blocks[3]})
+        shorter = change.commit()
+    blocks[2].requires_grad_(False).eval()
+    shorter.undo()
+    assert list(net) == blocks
+    assert [module.weight.requires_grad for module in net] == [True, True, False, True]
+    assert [module.training for module in net] == [True, True, False, True]
+
+
+def test_random_weights_do_not_stay_after_an_interrupt_at_any_line():
+    def operate(model: nn.Module) -> None:
+        with awake(model):
+            pass
+
+    model = nn.Linear(2, 2)
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    with interrupted() as lines:
+        operate(model)
+    for number in range(1, len(lines) + 1):
+        stopped(operate, model, number)
+        assert not any(parameter.any() for parameter in model.parameters()), lines[number - 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import pytest
@@ -487,6 +488,31 @@ def test_layernormscaling_is_refused_where_the_factor_would_be_a_guess(blocks, r
     assert re.search(reason, refused)
 
 
+class Pooled(nn.Module):
+    """Blocks, and a head that pools by attention and adds an MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.latent = nn.ModuleList([Layer(2), Layer(2)]), nn.Parameter(torch.ones(1, 8))
+        self.pool, self.head = Attention(), LayerOfMlps()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.pool(self.latent.expand(len(x), 1, 8), x))
+
+
+def test_layernormscaling_leaves_a_connection_behind_a_pooling_head_alone():
+    torch.manual_seed(0)
+    model, x = Pooled().eval(), torch.randn(2, 4, 8)
+    twin = copy.deepcopy(model)
+    twin.layers[1].scale = 2**-0.5
+    operation = rescheme(model, x, "layernormscaling", start="scheme")
+    torch.testing.assert_close(model(x), twin(x))
+    assert list(operation.refused) == ["head"]
+    assert "what head carries on comes from more than one tensor" in operation.refused["head"]
+
+
 class TwoConvs(nn.Module):
     """F = conv3(h) + conv1(h)."""
 
@@ -534,19 +560,80 @@ class SqueezedPostNorm(Squeezed):
         return self.norm(x + self.branch(x))
 
 
-def test_fixup_starts_the_last_map_of_the_branch_at_zero_and_not_that_of_its_gate():
+@pytest.mark.parametrize("size", [5, 1])
+def test_fixup_starts_the_last_map_of_the_branch_at_zero_and_not_that_of_its_gate(size):
     """Zhang et al. 2019, sec. 3: F(x) = 0, and He's times L^(-1/(2m - 2)) of m = 2 maps in a row."""
     torch.manual_seed(0)
     model = nn.Sequential(*(Squeezed() for _ in range(16))).eval()
     for block in model:
         del block.norm
-    x = torch.randn(2, 6, 5, 5)
+    x = torch.randn(2, 6, size, size)
     rescheme(model, x, "fixup", start="scheme")
     assert torch.equal(model(x), x)
     assert not any(block.conv2.weight.any() for block in model)
     assert all(block.excite.weight.any() for block in model)
     spread = torch.stack([block.conv1.weight for block in model]).std().detach()
     assert float(spread) == pytest.approx(16**-0.5 * (2 / 6) ** 0.5, rel=0.15)
+
+
+class Written(nn.Module):
+    """y = x + F(x, t) with F in some form."""
+
+    def __init__(self, form) -> None:
+        super().__init__()
+        self.form, self.wide = form, nn.Linear(6, 12)
+        self.a, self.b, self.out = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return x + self.form(self, x, t)
+
+
+def parts_of_one_map(m: Written, x: Tensor, t: Tensor) -> Tensor:
+    value, gate = m.wide(x).chunk(2, -1)
+    return value * gate.sigmoid()
+
+
+@pytest.mark.parametrize(
+    ("form", "path"),
+    [
+        (lambda m, x, t: (f := m.a(x)) * m.b(f).sigmoid(), ("a",)),
+        (lambda m, x, t: m.a(x) * m.b(x).sigmoid(), ()),
+        (parts_of_one_map, ("wide",)),
+        (lambda m, x, t: m.out(m.a(x) * F.silu(m.b(x))), ("a", "b", "out")),
+        (lambda m, x, t: m.out((m.a(x) + m.b(t)).relu()), ("a", "out")),
+        (lambda m, x, t: m.a(x) + m.b(t), ()),
+        (lambda m, x, t: m.b(t) * m.a(x).relu(), ("a",)),
+    ],
+    ids=["its own gate", "two maps", "parts of one", "SwiGLU", "added within", "added at the end", "factor"],
+)
+def test_fixup_leaves_no_branch_other_than_zero(form, path):
+    """F₀ = 0 (Zhang et al. 2019, sec. 3), whatever multiplies a branch or is added to it, or it is refused."""
+    torch.manual_seed(0)
+    model, given = Written(form).eval(), (torch.randn(3, 6), torch.randn(3, 6))
+    assert sw.chain(model, given)[0].seen.path == path
+    if path:
+        rescheme(model, given, "fixup", start="scheme")
+        assert torch.equal(model(*given), given[0])
+    else:
+        with pytest.raises(sw.SkipwayError, match="added, joined, or multiplied at its end"):
+            rescheme(model, given, "fixup", start="scheme")
+
+
+class PoolingBlock(nn.Module):
+    """F = relu(pool(x)), without a map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(nn.AvgPool1d(3, 1, 1), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+
+def test_fixup_refuses_a_branch_without_maps():
+    model = nn.Sequential(nn.Linear(6, 6), PoolingBlock()).eval()
+    with pytest.raises(sw.SkipwayError, match="starts the last map of every branch at 0"):
+        rescheme(model, torch.randn(3, 4, 6), "fixup", start="scheme")
 
 
 def test_fixup_refuses_branches_that_are_added():

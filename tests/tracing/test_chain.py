@@ -255,7 +255,7 @@ def test_hooks_of_others_are_given_no_tensors_without_values():
 
 def test_hooks_of_others_are_not_run_to_find_what_reads_values():
     net, kept = Norms("pre"), []
-    net.register_forward_hook(lambda module, args, out: kept.append(out.sum().item()))
+    net.register_forward_hook(lambda module, args, out: kept.append(out))
     refuse_branching(net, torch.randn(2, 5, 8), "an operation")
     assert kept == []
 

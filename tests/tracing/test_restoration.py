@@ -320,3 +320,52 @@ def test_a_network_over_depth_seeds_no_device_that_is_not_its_own(monkeypatch):
     design = Design("net", lambda depth, scheme: nn.Linear(3, depth))
     one, two = (design.build(2, None, None, seed=0, device=torch.device("cpu")) for _ in range(2))
     assert torch.equal(one.weight, two.weight)
+
+
+class Lazy(nn.Module):
+    """Sets something at its first call, and a flag that says so."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.ready, self.handles, self.impl = kind, False, [], "auto"
+        self.register_buffer("pos", None)
+        self.scratch, self.codes = torch.empty(0), torch.zeros(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.ready:
+            if self.kind == "number":
+                self.width = x.shape[-1] ** 0.5
+            elif self.kind == "buffer":
+                self.pos = torch.ones(4)
+            elif self.kind == "hook":
+                self.handles = [self.register_forward_hook(lambda module, given, out: out)]
+                self.width = torch.ones(4)
+            elif self.kind == "object":
+                self.impl = Lazy("number")
+            elif self.kind == "parameter":
+                self.codes = nn.Parameter(torch.ones(4))
+            self.ready = True
+        if self.kind == "number":
+            return x / self.width
+        torch.mul(x, x, out=self.scratch)
+        return x + (self.pos if self.kind == "buffer" else self.codes if self.kind == "parameter" else 0)
+
+
+@pytest.mark.parametrize("kind", ["number", "buffer", "hook", "object", "parameter"])
+def test_what_a_flag_vouches_for_is_put_back_with_it_or_stays_with_it(kind):
+    net = Lazy(kind)
+    with preserved_state(net), torch.no_grad():
+        expected = net(torch.ones(2, 4))
+    assert net.scratch.shape == (0,)
+    assert net.ready == (kind in {"hook", "object", "parameter"}) or kind == "object"
+    assert (len(net.handles), len(net._forward_hooks)) == ((1, 1) if kind == "hook" else (0, 0))
+    assert isinstance(net.codes, nn.Parameter) == (kind == "parameter") == ("codes" in net._parameters)
+    with torch.no_grad():
+        assert torch.equal(net(torch.ones(2, 4)), expected)
+
+
+def test_a_scripted_part_is_put_back():
+    net = nn.Sequential(torch.jit.script(nn.BatchNorm1d(4)), nn.Linear(4, 4))
+    with preserved_state(net):
+        net(torch.ones(2, 4))
+    assert net[0].num_batches_tracked == 0

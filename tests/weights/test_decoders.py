@@ -259,7 +259,7 @@ def test_what_no_class_of_theirs_computes_has_no_names_there(options, said):
             use()
 
 
-@pytest.mark.parametrize("scheme", ["layerscale", "plain", "hyperconnections"])
+@pytest.mark.parametrize("scheme", ["layerscale", "plain", "hyperconnections", "orthogonal"])
 def test_schemes_have_no_names_there(scheme):
     with pytest.raises(sw.CheckpointError, match="huggingface"):
         export_names(network(scheme=scheme), "huggingface")

@@ -70,10 +70,13 @@ def test_what_does_not_fit_is_named_and_nothing_changes():
         assert torch.equal(value, before[key])
 
 
-@pytest.mark.parametrize("scheme", ["depthscaled", "normfree", "deepnorm", "plain", "skipinit"])
-def test_what_another_library_cannot_compute_is_not_exported(scheme):
+@pytest.mark.parametrize("scheme", ["depthscaled", "normfree", "deepnorm", "plain", "skipinit", "orthogonal"])
+def test_what_another_library_cannot_compute_is_neither_exported_nor_loaded(scheme):
+    model = sw.build("resnet20", scheme=scheme)
     with pytest.raises(sw.CheckpointError, match="nothing like"):
-        export_names(sw.build("resnet20", scheme=scheme), "torchvision")
+        export_names(model, "torchvision")
+    with pytest.raises(sw.CheckpointError, match="nothing like"):
+        sw.load(model, export_names(sw.build("resnet20"), "torchvision"), names="torchvision")
 
 
 def test_a_gain_has_no_name_elsewhere():
@@ -604,11 +607,6 @@ def test_torchvision_has_the_exact_gelu_alone(act):
         export_names(sw.build("vit-small-16", **VIT, act=act), "torchvision")
 
 
-def test_an_orthogonal_sum_is_nowhere_else():
-    with pytest.raises(sw.CheckpointError, match="nothing like"):
-        export_names(sw.build("vit-small-16", **VIT, scheme="orthogonal"), "timm")
-
-
 def test_a_mask_alone_is_not_pruning():
     assert not describe_forms(["layers.0.blocks.1.attn_mask", "layers.0.blocks.1.attn.qkv.weight"])
     assert "pruned" in describe_forms(["fc.weight_mask", "fc.weight_orig"])[0]
@@ -619,3 +617,46 @@ def test_a_network_s_own_n_averaged_is_loaded():
     for each, count in ((source, 3), (model, 0)):
         each.register_buffer("n_averaged", torch.tensor(count))
     assert int(sw.load(model, source.state_dict()).n_averaged) == 3
+
+
+DESCRIBED = {
+    "vit-small-16": (VIT, {"model_type": "vit", "num_attention_heads": 2, "layer_norm_eps": 1e-6}),
+    "swin-tiny": (SWIN, {"model_type": "swin", "hidden_act": "gelu", "layer_norm_eps": 1e-5}),
+    "swinv2-tiny": (SWIN, {"model_type": "swinv2", "window_size": 2, "image_size": [64, 64]}),
+    "resnet-imagenet14": (
+        {"block": "bottleneck", "width": 8, "stem_width": 8, "classes": 3},
+        {"model_type": "resnet", "downsample_in_bottleneck": False},
+    ),
+    "convnext-tiny": ({"blocks": (1, 1, 1, 1), "width": 8, "classes": 3}, {"model_type": "convnext"}),
+}
+"""Networks, and what a config.json of transformers says of them; fields that are not there have the class's values."""
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "said"),
+    [
+        ("vit-small-16", {"num_attention_heads": 4}, "heads=2 in the model, heads=4 in the file"),
+        ("vit-small-16", {"hidden_act": "quick_gelu"}, "act='gelu' in the model, act='quickgelu' in the file"),
+        ("vit-small-16", {"layer_norm_eps": 1e-12}, "epsilon=1e-06 in the model, epsilon=1e-12 in the file"),
+        ("swin-tiny", {"hidden_act": "relu"}, "act='gelu' in the model, act='relu' in the file"),
+        ("swinv2-tiny", {"window_size": 4}, r"window=\(2, 2, 2, 2\) in the model, window=\(4, 4, 4, 2\) in the file"),
+        (
+            "swinv2-tiny",
+            {"pretrained_window_sizes": [3, 3, 3, 0]},
+            r"learned_window=\(2, 2, 2, 2\) in the model, learned_window=\(3, 3, 3, 2\) in the file",
+        ),
+        ("swinv2-tiny", {"window_size": "many"}, "has a value of another kind"),
+        ("resnet-imagenet14", {"downsample_in_bottleneck": True}, "downsample_in_bottleneck=True in the file"),
+        ("convnext-tiny", {"hidden_act": "relu"}, "act='gelu' in the model, act='relu' in the file"),
+    ],
+)
+def test_weights_of_an_image_network_beside_a_config_of_another(tmp_path, name, changed, said):
+    options, described = DESCRIBED[name]
+    model = sw.build(name, **options)
+    state = {key: tensor.clone() for key, tensor in export_names(model, "huggingface").items()}
+    save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    sw.load(model, tmp_path, names="huggingface")
+    (tmp_path / "config.json").write_text(json.dumps({**described, **changed}))
+    with pytest.raises(sw.CheckpointError, match=said):
+        sw.load(model, tmp_path, names="huggingface")

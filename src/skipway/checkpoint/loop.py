@@ -72,7 +72,7 @@ class LoopCheckpoints:
         self.store = Checkpoints(Path(folder), keep=keep)
         self.reached: int | None = None
         self.parts = {name: unwrap(part) if isinstance(part, torch.nn.Module) else part for name, part in parts.items()}
-        if not parts or {RANDOM, CLASSES} & parts.keys():
+        if not parts or {RANDOM, CLASSES, METADATA} & parts.keys():
             raise CheckpointError(
                 f"parts={', '.join(parts) or 'none'}: the rule is at least one, none named {RANDOM!r} or {CLASSES!r}"
             )
@@ -209,8 +209,9 @@ def check_names(folder: Path, name: str, part: Any, state: Any) -> None:
 
 
 def metadata_of(module: torch.nn.Module) -> dict[str, Any]:
-    """The metadata of a module's state dict, by paths: the versions."""
-    return {path: dict(each) for path, each in getattr(module.state_dict(), "_metadata", {}).items()}
+    """The versions of modules in the metadata of a module's state dict, by paths."""
+    known = getattr(module.state_dict(), "_metadata", {})
+    return {path: {"version": each["version"]} for path, each in known.items() if "version" in each}
 
 
 def random_state() -> dict[str, Any]:

@@ -246,6 +246,12 @@ class LineProgress:
         measured = f", {known} of them already measured" if known else ""
         self.write(f"{study.name}: {counted(cells, 'cell')}{measured}")
 
+    def outdated(self, study: Study, cells: int) -> None:
+        self.write(
+            f"{study.name}: {counted(cells, 'cell')} measured on other files of --data, or by a version that did not "
+            "record them; measured again"
+        )
+
     def started(self, cell: Cell) -> None:
         pass
 

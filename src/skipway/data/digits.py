@@ -28,7 +28,7 @@ def digits() -> tuple[Tensor, list[str]]:
     if package is None:
         raise MissingExtraError("scikit-learn", "digits", "training on the embedded digits")
     table = read_table(Path(package.origin or "").parent / "datasets" / "data" / "digits.csv.gz")
-    images = table[:, :-1].mul(255 / 16).round().to(torch.uint8).reshape(-1, 8, 8, 1)
+    images = table[:, :-1].double().mul(255 / 16).round().to(torch.uint8).reshape(-1, 8, 8, 1)
     return images, [f"{label}/{number:04d}" for number, label in enumerate(table[:, -1].tolist())]
 
 
@@ -45,4 +45,5 @@ def read_table(path: Path) -> Tensor:
         scans: Any = load_digits()
         return torch.cat([torch.from_numpy(scans.data), torch.from_numpy(scans.target)[:, None]], 1).to(torch.uint8)
     lines = gzip.decompress(path.read_bytes()).decode().splitlines()
-    return torch.tensor([[int(value) for value in line.split(",")] for line in lines], dtype=torch.uint8)
+    values = [[int(value) for value in line.split(",")] for line in lines]
+    return torch.tensor(values, dtype=torch.uint8, device="cpu")  # whatever torch's default device is

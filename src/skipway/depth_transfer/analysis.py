@@ -303,7 +303,7 @@ class Analysis:
             sizes=tuple(sizes),
             coordinate_lr=lr,
             unit=unit,
-            remarks=tuple(self.remarks),
+            remarks=(*self.remarks, *trainings.remarks),
             seconds=0.0,
         )
 

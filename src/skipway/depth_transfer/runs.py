@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -27,7 +28,8 @@ from skipway.optim.schedules import lr_factor, parse_schedule, set_lr
 from skipway.probes.objective import Loss, Objective, choose_objective
 from skipway.schemes import Scheme
 from skipway.tracing.example import call_model, copy_example
-from skipway.tracing.restoration import seeded_generators
+from skipway.tracing.module_state import TensorValues, attribute_restoration
+from skipway.tracing.restoration import seeded_generators, write_buffers
 
 __all__ = ["RateRun", "RunFile", "TrainingPlan", "Trainings"]
 
@@ -193,20 +195,35 @@ class Network:
         model: the network.
         groups: of its parameters, at a rate of 1.
         objective: the loss.
-        start: its tensors with the values at the start.
+        start: steps that put back what it was at the start, see `start_of`.
+        first_loss: of the network as it was made, on its first batch.
     """
 
     model: nn.Module
     groups: list[dict[str, Any]]
     objective: Objective
-    start: list[tuple[Tensor, Tensor]]
+    start: list[Callable[[], None]]
+    first_loss: float
 
-    @torch.no_grad()
     def reset(self) -> None:
-        """Put parameters and buffers back, in place."""
-        for tensor, value in self.start:
-            tensor.copy_(value)
+        """Put parameters, buffers and attributes back."""
+        for step in self.start:
+            step()
         self.model.zero_grad(set_to_none=True)
+
+
+def start_of(model: nn.Module) -> list[Callable[[], None]]:
+    """Steps that put back what a network is now, any number of times: parameters, buffers, also those that a forward
+    pass replaces, and the attributes of `attribute_restoration`.
+    """
+    modules = list(model.modules())
+    buffers = [
+        (module, name, None if buffer is None else TensorValues.of(buffer))
+        for module in modules
+        for name, buffer in module._buffers.items()
+    ]
+    values = [TensorValues.of(parameter).put_back for parameter in model.parameters()]
+    return [attribute_restoration(modules), partial(write_buffers, buffers), *values]
 
 
 @dataclass
@@ -235,6 +252,8 @@ class Trainings:
     prepared: dict[tuple[str, int, int], Network] = field(default_factory=dict, init=False)
     description: str = field(default="", init=False)
     """Of the loss."""
+    remarks: list[str] = field(default_factory=list, init=False)
+    """What makes trainings less comparable than they should be."""
 
     def run(self, scheme: str, depth: int, lr: float, seed: int, steps: int) -> RateRun:
         """The training at a rate, of so many steps at least."""
@@ -266,30 +285,32 @@ class Trainings:
             self.prepared = {other: made for other, made in self.prepared.items() if other[:2] == key[:2]}
             example, targets = self.batches.at(seed, 0)
             model = self.design.build(depth, self.schemes[scheme], example, seed=seed, device=self.device)
+            start = start_of(model)
+            with seeded(draw_key(seed, "steps"), self.device):  # the random numbers of a training's first step
+                objective, first_loss = self.objective(model, example, targets)
+            self.prepared[key] = network = Network(model, [], objective, start, first_loss)
+            network.reset()
             spec = self.plan.optimizer
-            groups = param_groups(
+            network.groups = param_groups(
                 model, example, lr=1.0, weight_decay=self.plan.weight_decay, eps=spec.eps, adaptive=spec.adaptive
             )
-            tensors = [*model.parameters(), *model.buffers()]
-            start = [(tensor, tensor.detach().clone()) for tensor in tensors]
-            objective = self.objective(model, example, targets)
-            self.prepared[key] = Network(model, groups, objective, start)
         return self.prepared[key]
 
-    def objective(self, model: nn.Module, example: Any, targets: Any) -> Objective:
-        """The loss, chosen from the first output.
+    def objective(self, model: nn.Module, example: Any, targets: Any) -> tuple[Objective, float]:
+        """The loss, chosen from the first output, and its value there.
 
         Raises:
             SkipwayError: nothing is given that could be learned.
         """
-        found = choose_objective(call_model(model, copy_example(example)), targets, self.loss, inputs=example)
+        output = call_model(model, copy_example(example))
+        found = choose_objective(output, targets, self.loss, inputs=example)
         if not found.labelled:
             raise SkipwayError(
                 f"batches: {self.batches.name} hold no targets, and the network puts out no loss; the best rate for "
                 "learning noise says nothing about training; give batches of (inputs, targets), or loss=…"
             )
         self.description = found.description
-        return found
+        return found, float(found(output, targets, example).detach())
 
     def train(
         self, scheme: str, depth: int, lr: float, seed: int, steps: int, plan: TrainingPlan | None = None
@@ -314,7 +335,17 @@ class Trainings:
                     nn.utils.clip_grad_norm_(network.model.parameters(), plan.clip)
                 take_optimizer_step(optimizer)
                 set_step(network.model, step + 1, plan.steps)
+        self.check_start(depth, network.first_loss, losses[0])
         return RateRun(scheme, depth, lr, seed, tuple(losses), round(time.perf_counter() - began, 4))
+
+    def check_start(self, depth: int, made: float, first: float) -> None:
+        """Remark, once, that a training began at another loss than the network as it was made."""
+        if not self.remarks and math.isfinite(made) and not math.isclose(first, made, rel_tol=AGREEMENT):
+            self.remarks.append(
+                f"the network with depth {depth} begins at a loss of {made:.6g} as it was made, and at {first:.6g} in "
+                "a training: its calls change what cannot be put back (an object of another class), or draw numbers "
+                "at random elsewhere than from torch, so trainings do not all start alike; keep state in buffers"
+            )
 
 
 def take_gradients(loss: Tensor, model: nn.Module) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -101,9 +101,9 @@ def build(
     """Build a residual network and initialise it.
 
     Args:
-        name: a published variant ("resnet50", "vit-small-16"), a family ("resnet"), which then needs a `depth`, or an
-            entry point of timm or torchvision ("vit_small_patch16_224", "swin_t"); options may stand in brackets behind
-            it, "gpt-4(dim=64, heads=4)".
+        name: a published variant ("resnet50", "vit-small-16"), a family ("resnet"), which needs `depth` or `blocks`, or
+            an entry point of timm or torchvision ("vit_small_patch16_224", "swin_t"); options may stand in brackets
+            behind it, "gpt-4(dim=64, heads=4)".
         depth: weight layers on the longest path, the number in the papers' names.
         scheme: how the connections are dressed, a `Scheme` or its spec string, "layerscale(init=1e-5)".
         device: where the parameters live; by default torch's default device. "meta" builds without initialising.
@@ -122,7 +122,7 @@ def build(
     (54, 1727962)
     """
     name, options = resolve(name, options, depth)
-    family, config = find_config(name, depth)
+    family, config = find_config(name, least_depth(name) if depth is None and "blocks" in options else depth)
     check_options(name, options, config)
     if scheme is not None:
         options["scheme"] = scheme
@@ -162,7 +162,7 @@ def no_garbage_collection() -> Iterator[None]:
 
 def resolve(name: str, options: Mapping[str, Any], depth: int | None = None) -> tuple[str, dict[str, Any]]:
     """An entry point of timm or torchvision as our name and options; given options go before the alias's own,
-    and a depth, given by itself or among the options, before its blocks.
+    and another depth, given by itself or among the options, before its blocks.
 
     timm's tag of the weights (`vit_small_patch16_224.augreg_in21k`) says nothing of the architecture.
 
@@ -176,10 +176,29 @@ def resolve(name: str, options: Mapping[str, Any], depth: int | None = None) -> 
     for family in families():
         if entry in family.aliases:
             ours, own = family.aliases[entry]
-            if depth is not None or "depth" in options:
+            given_depth = options.get("depth", depth)
+            if given_depth is not None and "blocks" in own:
+                published = replace(own_config(ours, None)[1], blocks=own["blocks"]).depth
+            else:
+                published = given_depth
+            if published != given_depth:
                 own = {key: value for key, value in own.items() if key != "blocks"}
             return ours, {**own, **options}
     return name, options
+
+
+def least_depth(name: str) -> int | None:
+    """The least depth of a family, from whose config one with other blocks is made; None of all other names.
+
+    >>> least_depth("resnet-cifar"), least_depth("resnet20")
+    (8, None)
+    """
+    if name in FAMILIES:
+        for depth in range(1, 100):
+            with suppress(SkipwayError):
+                FAMILIES[name].at_depth(depth)
+                return depth
+    return None
 
 
 def split_options(text: str) -> tuple[str, dict[str, Any]]:
@@ -248,7 +267,7 @@ def own_config(name: str, depth: int | None) -> tuple[Family, Any]:
         if depth is None:
             examples = ", ".join(variant.name for variant in family.variants[:4])
             raise SkipwayError(
-                f"{name!r} is a family and needs a depth: build({name!r}, depth=…), or one of {examples}, …"
+                f"{name!r} is a family and needs a depth or blocks: build({name!r}, depth=…), or one of {examples}, …"
             )
         return family, family.at_depth(depth)
     for family in families():

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from torch import nn
 
+from skipway.errors import SkipwayError
 from skipway.nn import Bias, Gain
 from skipway.nn.kit import Kit
 from skipway.nn.placement import Placement
@@ -82,6 +83,8 @@ class Fixup(Scheme):
         return sequence(multiplier=Gain(role=Role("gain", decay=True, rate=self.rate)), bias=self.bias())
 
     def init_(self, chain: Chain) -> None:
+        if bare := next((connection.name for connection in chain if not connection.path), None):
+            raise SkipwayError(f"{self} starts the last map of every branch at 0, and that of {bare!r} has none")
         factors = [(connection.path[-1], 0.0) for connection in chain]  # of a weight that is tied to another map, too
         for connection in chain if self.rescale else ():
             others = connection.path[:-1]

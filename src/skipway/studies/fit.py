@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +29,24 @@ from skipway.schemes.initialisation import common_scheme, reset
 from skipway.studies.cell import Row
 from skipway.tracing.chain import chain
 
-__all__ = ["FitSettings", "data_of", "dataset_name", "fit", "fit_batch", "restart_", "xavier_"]
+__all__ = [
+    "UNKNOWN_CHANCE",
+    "FitSettings",
+    "chance",
+    "chance_note",
+    "chance_of",
+    "data_of",
+    "dataset_name",
+    "fit",
+    "fit_batch",
+    "restart_",
+    "trained_error",
+    "xavier_",
+]
 
 PUBLISHED_DATA = {"cifar10": (50_000, 10_000, 10, 32, 3), "imagenet": (1_281_167, 50_000, 1000, 224, 3)}
 """Training and test images, classes, size and channels of the data that published numbers refer to."""
+UNKNOWN_CHANCE = "measured by a version that did not record the error of chance; the same command measures again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +97,49 @@ def dataset_name(data: Data) -> str:
     return known or (f"another {data.name}" if data.name in PUBLISHED_DATA else data.name)
 
 
+def chance(data: Data) -> Row:
+    """Return test error and loss of the best constant answer: 1 - max pₖ and -Σ pₖ log pₖ, pₖ the share of class k."""
+    shares = torch.bincount(data.test.labels).double() / len(data.test.labels)
+    return {"chance_error": 1 - float(shares.max()), "chance_loss": float(torch.special.entr(shares).sum())}
+
+
+def chance_of(rows: Iterable[Row], column: Literal["chance_error", "chance_loss"] = "chance_error") -> float | None:
+    """Return the error or loss of the best constant answer on the data of `rows`; None if no row says.
+
+    The classes of the digits, and of the data that published numbers refer to, count as equally frequent.
+
+    >>> chance_of([{"dataset": "digits"}]), chance_of([{"data": "photos", "chance_error": 0.25}])
+    (0.9, 0.25)
+    """
+    for row in rows:
+        stored = row.get(column)
+        if row.get("data") and isinstance(stored, int | float):
+            return float(stored)
+        known = PUBLISHED_DATA.get(str(row.get("dataset")))
+        if known or not row.get("data"):
+            classes = known[2] if known else 10
+            return {"chance_error": 1 - 1 / classes, "chance_loss": math.log(classes)}[column]
+    return None
+
+
+def trained_error(rows: Iterable[Row]) -> float | None:
+    """Return the test error below which a network counts as trained, 50 % for ten equally frequent classes, in
+    proportion to that of the best constant answer; None if no row says which that is.
+    """
+    found = chance_of(rows)
+    return None if found is None else found * 5 / 9
+
+
+def chance_note(rows: Iterable[Row]) -> str:
+    """Say what error the best constant answer has; nothing if no row says.
+
+    >>> chance_note([{"dataset": "digits"}])
+    'Chance is 90 %.'
+    """
+    found = chance_of(rows)
+    return "" if found is None else f"Chance is {100 * found:.3g} %."
+
+
 def xavier_(model: nn.Module) -> None:
     """Initialise all linear layers of `model` with Xavier's normal distribution, in place.
 
@@ -128,7 +186,7 @@ def restart_(model: nn.Module, starts: Mapping[type[nn.Linear | nn.Conv2d], Init
 def fit(
     model: nn.Module, data: Data, settings: FitSettings, device: str = "cpu", watch: Callable[[int], None] | None = None
 ) -> Row:
-    """Train `model` in place and return its errors and losses.
+    """Train `model` in place and return its errors and losses, and those of chance, see `chance`.
 
     `train_error` is measured during the last epoch, `test_error` with the last weights, `first_test_error` after the
     first epoch. A non-finite loss ends the training and sets `diverged`.
@@ -187,6 +245,7 @@ def fit(
         "seconds_per_step": round(seconds, 5),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dataset": dataset_name(data),
+        **chance(data),
         "losses": " ".join(f"{loss:.4g}" for loss in losses),
     }
 

@@ -200,10 +200,14 @@ def split_by_grid(study: Study, rows: Sequence[Row]) -> list[GridRows]:
         larger budget. Empty without rows.
     """
     groups: list[tuple[Budget | None, str | None, list[Row]]] = []
-    for source in dict.fromkeys(None if row.get("data") is None else str(row["data"]) for row in rows):
+    for source, content in dict.fromkeys(map(data_of_row, rows)):
         grids = {budget: study.cells(budget, Choices(data=source)) for budget in BUDGETS}
         keys = {cell.key for cells in grids.values() for cell in cells}
-        own = [row for row in rows if row.get("data") == source or row["key"] in keys]
+        own = [
+            row
+            for row in rows
+            if data_of_row(row) == (source, content) or (row.get("data") is None and row["key"] in keys)
+        ]
         sizes: dict[Budget, set[tuple[Value, ...]]] = {
             budget: {size_of(study, cell) for cell in cells} for budget, cells in grids.items()
         }
@@ -227,6 +231,11 @@ def split_by_grid(study: Study, rows: Sequence[Row]) -> list[GridRows]:
         return each.complete, max(str(row.get("date") or "") for row in each.rows), size
 
     return sorted(found, key=newness, reverse=True)
+
+
+def data_of_row(row: Row) -> tuple[str | None, Value]:
+    """The path of a row's data, None for the study's own, and the fingerprint of what it held."""
+    return None if row.get("data") is None else str(row["data"]), row.get("fingerprint")
 
 
 def size_of(study: Study, entry: Cell | Row) -> tuple[Value, ...]:

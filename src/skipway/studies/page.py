@@ -27,9 +27,12 @@ __all__ = ["ShownVerdict", "measured_rows", "score_text", "shown_verdicts", "wri
 MOST_ROWS = 400
 COLORS: dict[Answer, str] = {"holds": "good", "does not hold": "bad", "holds only when": "fair", "open": "open"}
 CIRCUMSTANCES = frozenset(
-    ("study", "key", "error", "seconds", "budget", "date", "device", "machine", "skipway", "torch", "python", "losses")
+    (
+        *("study", "key", "fingerprint", "error", "seconds", "budget", "date", "device", "machine", "skipway", "torch"),
+        *("python", "losses", "chance_error", "chance_loss"),
+    )
 )
-"""Columns that record where and when a row was measured."""
+"""Columns that record where, when and on what data a row was measured, and `losses`."""
 ENTRY = re.compile(r"\n([A-Z]\w+): +")
 """The beginning of an entry in the docstring of a study."""
 
@@ -172,7 +175,7 @@ def published_table(study: Study, rows: Sequence[Row]) -> tuple[PageTable, bool]
     """Build the table of published and measured numbers, and report whether one was not measured."""
     lines, unmatched = [], False
     for each in study.published:
-        ours = each.measured_values(rows)
+        ours = each.measured_values(rows, study.criterion)
         unmatched |= ours is None
         mean, difference = (ours.mean, ours.mean - each.value) if ours else (math.nan, math.nan)
         lines.append(

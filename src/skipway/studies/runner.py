@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import datetime
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -12,7 +13,7 @@ from skipway._version import __version__
 from skipway.errors import SkipwayError, counted
 from skipway.hardware.limits import cpu_count
 from skipway.hardware.processor import cpu_name
-from skipway.studies.cell import BUDGETS, Budget, Cell, Choices, Row
+from skipway.studies.cell import BUDGETS, Budget, Cell, Choices, Row, Value
 from skipway.studies.grid import check_choices
 from skipway.studies.study import Study
 from skipway.studies.table import StudyTable, merge_rows, parts_of
@@ -36,6 +37,9 @@ class Watcher(Protocol):
     def done(self, study: Study, found: CellResult) -> None:
         """Called after a cell is measured."""
 
+    def outdated(self, study: Study, cells: int) -> None:
+        """Called with the number of cells that were measured on other data of the same path, and are measured again."""
+
 
 class SilentWatcher:
     """Reports nothing."""
@@ -47,6 +51,9 @@ class SilentWatcher:
         pass
 
     def done(self, study: Study, found: CellResult) -> None:
+        pass
+
+    def outdated(self, study: Study, cells: int) -> None:
         pass
 
 
@@ -102,16 +109,25 @@ def run(
     Returns:
         rows of the requested cells, measured now or earlier; failed cells have an `error`.
 
+    A cell that was measured on other data of the same path, or by a version that did not record them, is measured
+    again.
+
     Raises:
         SkipwayError: the choices leave no cell, or one that cannot be built.
     """
     cells = check_choices(study, choices, budget)
     if share is not None:
         cells = cells[share.index :: share.count]
+    prints = fingerprints(study, cells)
+    if prints:
+        forget_data()  # this process may have read them before they changed
     known = {row["key"]: row for row in read_rows(folder, study)}
     rows: dict[str, Row] = {cell.key: known[cell.key] for cell in cells if cell.key in known}
-    todo = [cell for cell in cells if cell.key not in rows or rows[cell.key].get("error")]
+    outdated = {key for key, row in rows.items() if is_outdated(row, prints)}
+    todo = [cell for cell in cells if cell.key not in rows or cell.key in outdated or rows[cell.key].get("error")]
     watcher = SilentWatcher() if watcher is None else watcher
+    if outdated:
+        watcher.outdated(study, len(outdated))
     watcher.begin(study, len(cells), len(cells) - len(todo))
     if not todo:
         return [rows[cell.key] for cell in cells]
@@ -122,11 +138,35 @@ def run(
         jobs = cpu_count() if devices == ["cpu"] else JOBS_PER_GPU * len(devices)
     where = describe_machine()
     for found in measure_cells(study, todo, jobs=jobs, devices=devices, started=watcher.started):
-        row = make_row(study, found, budget, devices[0].partition(":")[0], where)
+        row = make_row(study, found, budget, devices[0].partition(":")[0], where, prints)
         table.append(row)
         rows[found.cell.key] = row
         watcher.done(study, found)
     return [rows[cell.key] for cell in cells if cell.key in rows]
+
+
+def fingerprints(study: Study, cells: Sequence[Cell]) -> dict[Value, str]:
+    """Return the fingerprints of the cells' data by path; of data that cannot be read, which each cell says, none."""
+    found: dict[Value, str] = {}
+    for source in dict.fromkeys(cell.get("data") for cell in cells):
+        if source is not None:
+            with suppress(SkipwayError, OSError):
+                found[source] = study.fingerprint(source)
+    return found
+
+
+def forget_data() -> None:
+    """Read data anew in this process."""
+    from skipway.studies.fit import data_of
+    from skipway.studies.text import text_of
+
+    data_of.cache_clear()
+    text_of.cache_clear()
+
+
+def is_outdated(row: Row, prints: Mapping[Value, str]) -> bool:
+    """Return whether a row was measured on other data than its path has now."""
+    return not row.get("error") and row.get("data") in prints and row.get("fingerprint") != prints[row.get("data")]
 
 
 def read_rows(folder: Path, study: Study) -> list[Row]:
@@ -164,21 +204,28 @@ def remeasure(study: Study, cell: Cell, *, budget: Budget = "cpu", device: str =
     torch.set_flush_denormal(True)
     try:
         chosen = devices_for(device, budget)[0]
-        return make_row(study, measure_cell(study, cell, chosen), budget, chosen.partition(":")[0], describe_machine())
+        measured = measure_cell(study, cell, chosen)
+        prints = fingerprints(study, [cell])
+        return make_row(study, measured, budget, chosen.partition(":")[0], describe_machine(), prints)
     finally:  # restore the settings of the caller's process
         torch.set_flush_denormal(False)
         torch.set_num_threads(threads)
 
 
-def make_row(study: Study, found: CellResult, budget: Budget, device: str, where: str) -> Row:
-    """Build the row of a measured cell."""
+def make_row(
+    study: Study, found: CellResult, budget: Budget, device: str, where: str, prints: Mapping[Value, str]
+) -> Row:
+    """Build the row of a measured cell; `prints` are the fingerprints of data by path."""
     import torch
+
+    source = found.cell.get("data")
 
     return {
         "study": study.name,
         "key": found.cell.key,
         **dict(found.cell.settings),
         **found.results,
+        **({"fingerprint": prints[source]} if source in prints else {}),
         "error": found.error,
         "seconds": round(found.seconds, 2),
         "budget": budget,

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from skipway.registry import Registry
 from skipway.report.chart import Figure
 from skipway.studies.cell import Budget, Cell, Choices, Row
-from skipway.studies.statistics import SeedValues, group_values
+from skipway.studies.statistics import SeedValues, group_values, select_best
 
 __all__ = ["STUDIES", "Answer", "Published", "Study", "Verdict", "find_study", "studies"]
 
@@ -40,7 +42,8 @@ class Published:
     Args:
         what: description of the quantity.
         value: as published.
-        where: columns and their values that select the comparable rows, `dataset` included.
+        where: columns and their values that select the comparable rows, `dataset` included; in the grid of a budget
+            those rows differ in learning rate and seed alone.
         column: result to compare with.
         source: paper and table.
     """
@@ -51,9 +54,14 @@ class Published:
     column: str
     source: str
 
-    def measured_values(self, rows: Sequence[Row]) -> SeedValues | None:
-        """Return the measured values of the same quantity; None if no row is comparable."""
+    def measured_values(self, rows: Sequence[Row], criterion: str = "train_error") -> SeedValues | None:
+        """Return the measured values of the same quantity, one per seed; None if no row is comparable.
+
+        Of several learning rates the one with the lowest mean of `criterion` counts, as in the verdicts.
+        """
         same = [row for row in rows if all(row.get(name) == value for name, value in self.where.items())]
+        if len({row.get("lr") for row in same}) > 1:
+            same = select_best(same, [], "lr", criterion)
         return group_values(same, [], self.column).get(())
 
 
@@ -82,6 +90,8 @@ class Study:
     """Duration of the cpu budget and the hardware on which it was measured."""
     published: ClassVar[tuple[Published, ...]] = ()
     """Published numbers that the page compares with."""
+    criterion: ClassVar[str] = "train_error"
+    """Column whose lowest mean decides at which learning rate a published number is compared."""
     specs: ClassVar[bool] = True
     """Whether a spec string can be measured beside the study's own schemes."""
 
@@ -116,6 +126,18 @@ class Study:
     def cell_of(self, row: Row) -> Cell:
         """Return the cell of a row."""
         return self.cell(**{name: row.get(name) for name in self.settings})
+
+    def fingerprint(self, source: str) -> str:
+        """Return hexadecimal digits that change with the user's data: names, classes, splits and sizes of the files.
+
+        Raises:
+            DataError: the source cannot be read.
+        """
+        from skipway.data import list_splits
+
+        splits = list_splits(Path(source), validation=0.0)
+        sizes = [splits.images.stamp(sample.file)[0] for sample in splits.samples]
+        return hashlib.blake2b(f"{splits.fingerprint} {sizes}".encode(), digest_size=8).hexdigest()
 
     def opening(self) -> str:
         """Return the docstring of the study's module."""

@@ -15,7 +15,10 @@ from skipway.studies.cell import Row, Value
 __all__ = ["StudyTable", "merge_rows", "parts_of"]
 
 LEADING_COLUMNS = ("study", "key")
-TRAILING_COLUMNS = ("error", "seconds", "budget", "date", "device", "machine", "skipway", "torch", "python")
+TRAILING_COLUMNS = (
+    *("fingerprint", "error", "seconds", "budget", "date", "device", "machine", "skipway", "torch"),
+    "python",
+)
 
 
 class StudyTable:
@@ -112,8 +115,9 @@ def merge_rows(tables: Iterable[Sequence[Row]]) -> list[Row]:
 
 
 def parts_of(folder: Path, study: str) -> list[Path]:
-    """Return the files with a study's rows: its table and the shares of a job array."""
-    return sorted([*folder.glob(f"{study}.csv"), *folder.glob(f"{study}.share-*.csv")])
+    """Return the files with a study's rows, the table and the shares of a job array, by their last change."""
+    found = [*folder.glob(f"{study}.csv"), *folder.glob(f"{study}.share-*.csv")]
+    return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name))
 
 
 def encode_value(value: Value) -> str:

@@ -88,6 +88,9 @@ class TextStudy(VariantStudy):
         fitted = fit_text(model, data, lr=cell["lr"], steps=steps, warmup=warmup, seed=cell["seed"], device=device)
         return {**fitted, **self.observe(model)}
 
+    def fingerprint(self, source: str) -> str:
+        return load_text(Path(source), validation=0.0).fingerprint
+
     def decoder(self, cell: Cell, data: TextData) -> nn.Module:
         """Build the network of a cell."""
         variant = self.variants.get(cell["scheme"]) or NetworkVariant(cell["scheme"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -32,6 +32,7 @@ __all__ = [
     "give_unit_stream_",
     "lowest_rate_rows",
     "name_depths",
+    "share_base",
     "summarise_variants",
     "transfers",
 ]
@@ -79,6 +80,7 @@ class VariantStudy(Study):
 
     settings = ("kind", "family", "scheme", "depth", "lr", "seed", "width", "epochs", "data")
     results = ("train_error", "test_error", "test_loss", "diverged")
+    criterion = "train_loss"
     variants: ClassVar[Mapping[str, NetworkVariant]]
     """Networks by name; a scheme that the user names is a variant, too."""
     grids: ClassVar[Mapping[Budget, Mapping[str, TrainingGrid]]]
@@ -295,11 +297,32 @@ def compare(claim: str, rows: Sequence[Row], better: str, worse: str, value: str
     return Verdict(claim, "holds" if good else "does not hold" if opposite else "open", text)
 
 
-def transfers(rows: Sequence[Row], name: str, base: int) -> Verdict:
-    """Judge whether the deepest network has the best rate of the one with `base` blocks, within a factor of 2."""
+def share_base(cells: Sequence[Cell], base: int, variants: Collection[str]) -> list[Cell]:
+    """Leave out repeated trainings at the base depth, where all of the study's own variants are one network.
+
+    Args:
+        cells: of trainings.
+        base: depth.
+        variants: names of the study's own; another scheme is another network there, too, and stays.
+    """
+    first = next((cell["scheme"] for cell in cells if cell["scheme"] in variants), None)
+    return [
+        cell for cell in cells if cell["depth"] != base or cell["scheme"] == first or cell["scheme"] not in variants
+    ]
+
+
+def transfers(rows: Sequence[Row], name: str, base: int, variants: Collection[str]) -> Verdict:
+    """Judge whether the deepest network has the best rate of the one with `base` blocks, within a factor of 2.
+
+    Args:
+        rows: of all cells.
+        name: of the variant that is judged.
+        base: depth at which all of `variants` are one network, see `share_base`.
+        variants: names of the study's own.
+    """
     claim = f"With {name} the best learning rate of the shallow network is that of the deep one."
     best = {(row["scheme"], row["depth"]): float(row["lr"] or 0) for row in lowest_rate_rows(rows)}
-    shallow = next((rate for (_, depth), rate in best.items() if depth == base), None)
+    shallow = next((best[own, base] for own in (name, *variants) if (own, base) in best), None)
     deepest = max((int(depth or 0) for own, depth in best if own == name), default=0)
     if shallow is None or deepest <= base:
         return Verdict(claim, "open", "not measured at two depths")

@@ -111,14 +111,14 @@ def axis_choices(example: Example) -> Iterator[dict[Path, int]]:
     tensors = list(tensor_paths(example))
     if not tensors:
         raise SkipwayError("the example holds no tensor, so that it has no samples")
-    first = tensors[0][1]
-    for axis in range(min(first.ndim, AXES)):
-        size = first.shape[axis]
-        options: list[list[int | None]] = [[axis]]
-        for _, tensor in tensors[1:]:
-            options.append([*(own for own in range(min(tensor.ndim, AXES)) if tensor.shape[own] == size), None])
-        for chosen in product(*options):
-            yield {path: own for (path, _), own in zip(tensors, chosen, strict=True) if own is not None}
+    for lead, (_, first) in enumerate(tensors):  # the first one that has samples
+        for axis in range(min(first.ndim, AXES)):
+            size = first.shape[axis]
+            options: list[list[int | None]] = [*([None] for _ in range(lead)), [axis]]
+            for _, tensor in tensors[lead + 1 :]:
+                options.append([*(own for own in range(min(tensor.ndim, AXES)) if tensor.shape[own] == size), None])
+            for chosen in product(*options):
+                yield {path: own for (path, _), own in zip(tensors, chosen, strict=True) if own is not None}
 
 
 def changed_example(example: Example, axes: Mapping[Path, int], change: Any) -> Example:

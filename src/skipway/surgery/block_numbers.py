@@ -15,9 +15,11 @@ from skipway.tracing.walks import Walker
 __all__ = ["with_block_numbers"]
 
 
-def with_block_numbers(chain: Chain[WatchedConnection], program: Program, scheme: Scheme) -> Chain[WatchedConnection]:
+def with_block_numbers(
+    chain: Chain[WatchedConnection], program: Program, scheme: Scheme
+) -> tuple[Chain[WatchedConnection], dict[str, str]]:
     """The chain with sites that have the number of their block, counted from 0 along each stream: of an encoder and a
-    decoder each from its own embedding.
+    decoder each from its own embedding; and why a connection has none, by its name.
 
     Where a stream has attention and others, a block begins at each attention that follows another kind of branch. Where
     all are of one kind, as with attention and MLP in parallel, it begins where another module adds.
@@ -26,8 +28,9 @@ def with_block_numbers(chain: Chain[WatchedConnection], program: Program, scheme
         SkipwayError: which connections make a block cannot be told.
     """
     numbers: dict[str, int] = {}
+    found, refused = streams(chain, program)
     try:
-        for stream in streams(chain, program):
+        for stream in found:
             for number, block in enumerate(blocks(stream)):
                 numbers.update((connection.name, number) for connection in block)
     except SkipwayError as problem:
@@ -35,17 +38,16 @@ def with_block_numbers(chain: Chain[WatchedConnection], program: Program, scheme
             f"{scheme} counts transformer blocks, and which connections of {type(chain.model).__name__} make one "
             f"cannot be told: {problem}; a scheme that counts branches is depthscaled"
         ) from problem
-    connections = [replace(each, site=replace(each.site, block=numbers[each.name])) for each in chain]
-    return Chain(chain.model, connections, chain.classifier, chain.refused)
+    connections = [replace(each, site=replace(each.site, block=numbers.get(each.name))) for each in chain]
+    reasons = {name: f"{scheme} counts transformer blocks, and {reason}" for name, reason in refused.items()}
+    return Chain(chain.model, connections, chain.classifier, chain.refused), reasons
 
 
-def streams(chain: Chain[WatchedConnection], program: Program) -> list[list[WatchedConnection]]:
-    """The connections that follow one another on each stream.
-
-    Raises:
-        SkipwayError: a stream parts or comes from several sums.
+def streams(chain: Chain[WatchedConnection], program: Program) -> tuple[list[list[WatchedConnection]], dict[str, str]]:
+    """The connections that follow one another on each stream, the first of which begins one; and why others, with those
+    behind them, are on none: a stream parts there, or comes from several sums.
     """
-    walker, found = Walker(program, {}, {}), list[list[WatchedConnection]]()
+    walker, found, refused = Walker(program, {}, {}), list[list[WatchedConnection]](), dict[str, str]()
     totals: dict[int, list[WatchedConnection]] = {}
     for connection in chain:
         skip, _, total, _ = connection.seen.numbers
@@ -53,14 +55,16 @@ def streams(chain: Chain[WatchedConnection], program: Program) -> list[list[Watc
         while here is not None and here not in totals:
             last, here = here, walker.main_operand(program[here])
         if here is not None and totals[here][-1].seen.numbers[2] != here:
-            raise SkipwayError(f"{connection.name} carries on what {totals[here][-1].name} carries on, too")
+            refused[connection.name] = f"{connection.name} carries on what {totals[here][-1].name} carries on, too"
+            continue
         if here is None and any(program.depends(last, each) for each in totals):
-            raise SkipwayError(f"what {connection.name} carries on comes from more than one tensor")
+            refused[connection.name] = f"what {connection.name} carries on comes from more than one tensor"
+            continue
         if here is None:
             found.append([])
         totals[total] = found[-1] if here is None else totals[here]
         totals[total].append(connection)
-    return found
+    return found, refused
 
 
 def blocks(stream: Sequence[WatchedConnection]) -> list[list[WatchedConnection]]:

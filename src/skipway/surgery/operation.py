@@ -89,8 +89,8 @@ class Journal:
         """
         modes, trained = (changed_flags(*each) for each in zip(self.flags, flags_of(model), strict=True))
         if modes or trained:
-            kept = {*model.modules(), *model.parameters()}
-            self.steps.insert(0, partial(set_flags, model, kept, modes, trained))  # run last
+            kept, places = {*model.modules(), *model.parameters()}, dict(model.named_modules())
+            self.steps.insert(0, partial(set_flags, model, kept, places, modes, trained))  # run last
 
     def all_steps(self) -> Iterator[Callable[[], None]]:
         """The undo steps, with those of the transactions within this one."""
@@ -288,16 +288,22 @@ def changed_flags(then: Flags, now: Flags) -> dict[str, bool | None]:
 def set_flags(
     model: nn.Module,
     kept: Collection[nn.Module | Tensor],
+    places: Mapping[str, nn.Module],
     modes: Mapping[str, bool | None],
     trained: Mapping[str, bool | None],
 ) -> None:
     """Give the modules and parameters of a model, other than those `kept`, the flags of the smallest part around them
-    in which these were changed, where all are equal there.
+    in which these were changed, where all are equal there. A part that was in one of the `places` and now has another
+    name, as where blocks are numbered anew, says nothing of what has that name now.
     """
+    now = dict(model.named_modules())
+    present = set(now.values())
+    moved = {name for name, each in places.items() if each in present and now.get(name) is not each}
 
     def flag(flags: Mapping[str, bool | None], name: str) -> bool | None:
         around = sorted({name, *parents(name), ""}, key=len, reverse=True)
-        return next((flags[scope] for scope in around if scope in flags), None)
+        known = (scope for scope in around if scope in flags and moved.isdisjoint((scope, *parents(scope))))
+        return next((flags[scope] for scope in known), None)
 
     for name, module in model.named_modules():
         if module not in kept and (mode := flag(modes, name)) is not None:

@@ -88,9 +88,12 @@ def refuse_branching(
     if program is not None and program.on_meta:
         readers = program.readers
     else:
-        readers = []
+        readers, complete = list[str](), False
         with suppress(Exception):  # on the meta device there is no value to read
-            readers = value_readers(remove_foreign_hooks(copy_to_meta(model)), copy_example(example, "meta"))
+            given = copy_example(example, "meta")
+            readers, complete = value_readers(remove_foreign_hooks(copy_to_meta(model)), given)
+            if not complete:  # a hook whose output is needed
+                readers = max(readers, value_readers(copy_to_meta(model), given)[0], key=len)
     if blocks is not None:
         prefixes = tuple(f"{name}." for name in blocks)
         readers = [name for name in readers if f"{name}.".startswith(prefixes)]
@@ -103,11 +106,12 @@ def refuse_branching(
         )
 
 
-def value_readers(model: nn.Module, example: Example) -> list[str]:
-    """Names of the modules whose forward reads a value of a tensor."""
-    recorder = Recorder(model, example)
+def value_readers(model: nn.Module, example: Example) -> tuple[list[str], bool]:
+    """Names of the modules whose forward reads a value of a tensor, and whether the pass came to its end."""
+    recorder, complete = Recorder(model, example), False
     with suppress(Exception), preserved_state(model), torch.no_grad(), ExitStack() as stack:
         stack.enter_context(recorder.modules.following())
         stack.enter_context(recorder)
         call_model(model.eval(), example)
-    return recorder.program.readers
+        complete = True
+    return recorder.program.readers, complete

@@ -116,8 +116,9 @@ def rescheme(
     dressing = parse_scheme(scheme)
     program = watch(model, example)
     chain = require_connections(chain_from_program(model, program))
+    unfit: dict[str, str] = {}
     if any(member.numbers_blocks for member in members_of(dressing)):
-        chain = with_block_numbers(chain, program, dressing)
+        chain, unfit = with_block_numbers(chain, program, dressing)
     drops = any(dressing.drop(connection.site) is not None for connection in chain)
     axes = drop_axes(chain, program, example) if drops else {}
     with transaction(
@@ -132,7 +133,7 @@ def rescheme(
         if has_streams(dressing):
             StreamDressing(change, chain, program, dressing, neutral=start != "scheme").dress()
         else:
-            Dressing(change, chain, program, dressing, start, axes).dress()
+            Dressing(change, chain, program, dressing, start, axes, unfit=unfit).dress()
         return change.commit()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -23,12 +24,12 @@ from skipway.surgery.block_axes import (
 )
 from skipway.surgery.checks import rounding_of
 from skipway.surgery.insertion_point import InsertionPoint
-from skipway.surgery.transaction import draw
+from skipway.surgery.transaction import draw, write
 from skipway.surgery.verification import forward_hooks
 from skipway.tracing import Example, call_model, preserved_state
 from skipway.tracing.arguments import item_at
 from skipway.tracing.example import copy_example
-from skipway.tracing.restoration import without_fused_layers
+from skipway.tracing.restoration import restored, without_fused_layers
 
 __all__ = ["find_output_axes"]
 
@@ -53,7 +54,7 @@ def find_output_axes(model: nn.Module, example: Example, points: Mapping[str, In
     """
     close = max(CLOSE, rounding_of(model.parameters()))
     with awake(model):
-        before = outputs_at(model, example, points)
+        before, shared = outputs_at(model, example, points), dict[str, int | None]()
         for axes in islice(axis_choices(example), MOST_TRIES):
             path, axis = next(iter(axes.items()))
             count = item_at(example, path).shape[axis]
@@ -71,9 +72,13 @@ def find_output_axes(model: nn.Module, example: Example, points: Mapping[str, In
                     )
                     for slot, axis in found.items()
                 ):
-                    return found
+                    if any(axis is not None for axis in found.values()):
+                        return found
+                    shared = shared or found  # no samples were added, or they are in windows everywhere
             except Exception:  # whatever a network raises that is given another number of samples
                 continue
+    if shared:
+        return shared
     raise SkipwayError(
         "no axis of the example holds independent samples: more or other entries on any axis do not run, or change "
         "what branches compute of the rest; a branch is dropped sample by sample, so give an example with samples"
@@ -97,13 +102,15 @@ def rest(output: Tensor, axis: int) -> Tensor:
 def outputs_at(model: nn.Module, example: Example, points: Mapping[str, InsertionPoint]) -> Outputs:
     """What is put out at each insertion point in evaluation mode."""
     found: dict[str, Tensor] = {}
-    slots = {point.name: slot for slot, point in points.items()}
+    slots: dict[str, list[str]] = {}
+    for slot, point in points.items():
+        slots.setdefault(point.name, []).append(slot)
 
     def leave(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        call = points[slots[name]].call
-        if call is not None:
-            output = item_at(output, call.output)
-        found[slots[name]] = (output[0] if isinstance(output, tuple | list) else output).detach().float().clone()
+        for slot in slots[name]:
+            call = points[slot].call
+            own = output if call is None else item_at(output, call.output)
+            found[slot] = (own[0] if isinstance(own, tuple | list) else own).detach().float().clone()
 
     hooks = forward_hooks(model, slots, leave=leave)
     with hooks, preserved_state(model), without_fused_layers(), torch.no_grad():
@@ -121,12 +128,7 @@ def awake(model: nn.Module) -> Iterator[None]:
         for each in model.parameters()
         if each.is_floating_point() and each.numel() and bool((each == 0).all() or (each == -1).all())
     ]
-    held = [each.detach().clone() for each in silent]
-    try:
+    with restored([partial(write, each, each.detach().clone()) for each in silent]):
         for each in silent:
             draw(each, len(silent))
         yield
-    finally:
-        with torch.no_grad():
-            for each, old in zip(silent, held, strict=True):
-                each.copy_(old)

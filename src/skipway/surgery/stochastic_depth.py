@@ -20,7 +20,7 @@ from skipway.surgery.padded_batch import padded_example
 from skipway.surgery.preconditions import refuse_branching, require_values
 from skipway.surgery.training_pass import training_gradients
 from skipway.surgery.transaction import transaction
-from skipway.tracing import Example, as_example, watch
+from skipway.tracing import Example, Program, as_example, watch
 from skipway.tracing.arguments import Path, exchange_at, item_at, path_text, tensor_paths
 from skipway.validation import check_call, check_flag, check_rule, is_real
 
@@ -41,7 +41,7 @@ def skip_compute(model: nn.Module, example: Example, rate: float, *, rising: boo
     A network that takes an `attention_mask` is looked at with padding, too. Another argument that the example does not
     have is cut on the only axis that is as long as there are samples. Beside x, a tensor that a block is given and
     hands to the next one in another state stays, for the others, what the block was given; a block that computes such a
-    tensor of the samples itself is left alone. Other tensors in a block's output are 0 there.
+    tensor of the samples itself, or of another shape, is left alone. Other tensors in a block's output are 0 there.
 
     Args:
         model: any module that `chain` can read, with blocks that carry x itself.
@@ -77,7 +77,7 @@ def skip_compute(model: nn.Module, example: Example, rate: float, *, rising: boo
         later = [*list(calls)[1:], None]
         for number, ((name, call), follower) in enumerate(zip(calls.items(), later, strict=True), start=1):
             try:
-                handed_on = threaded_outputs(calls, axes, name, follower)
+                handed_on = threaded_outputs(program, calls, axes, name, follower)
             except SkipwayError as problem:
                 change.refused[name] = str(problem)
                 continue
@@ -132,7 +132,8 @@ class SampleDraw:
         for path in call.computed:
             part, source = item_at(output, path), handed_on.get(path)
             if source is not None:
-                given, own = call.argument(source, args, kwargs), known[call.locate(source, args, kwargs)]
+                given, own = self.handed(source, args, kwargs), known[call.locate(source, args, kwargs)]
+                assert own is not None  # see `threaded_outputs`
                 part = given.index_copy(own, entries(drawn, given.shape[own] // count), part.to(given.dtype))
                 output = exchange_at(output, path, part)
             elif path not in handed_on:
@@ -140,6 +141,24 @@ class SampleDraw:
         for path, argument in call.passed:
             output = exchange_at(output, path, call.argument(argument, args, kwargs))
         return exchange_at(output, call.output, x.index_add(axis, drawn, (change * (count / kept)).to(x.dtype)))
+
+    def handed(self, source: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The tensor that the block is given in the place of one that it hands on.
+
+        Raises:
+            SkipwayError: it is given none.
+        """
+        try:
+            given = self.call.argument(source, args, kwargs)
+        except (AttributeError, LookupError, TypeError):  # nothing is where it was in the example
+            given = None
+        if not isinstance(given, Tensor):
+            raise SkipwayError(
+                f"{path_text(source, self.call.names)} was in the example of skip_compute and is not given now, so "
+                "that nothing stands in its place for samples that are skipped; undo the operation and give an example "
+                "without it"
+            )
+        return given
 
     def guess(self, path: Path, tensor: Tensor, count: int) -> int | None:
         """The axis of the samples in an argument that the example did not have: the only one that is as long.
@@ -163,13 +182,14 @@ def entries(drawn: Tensor, each: int) -> Tensor:
 
 
 def threaded_outputs(
-    calls: Mapping[str, BlockCall], axes: Mapping[str, BlockAxes], name: str, follower: str | None
+    program: Program, calls: Mapping[str, BlockCall], axes: Mapping[str, BlockAxes], name: str, follower: str | None
 ) -> tuple[tuple[Path, Path | None], ...]:
     """The outputs of a block, beside x, that the next block is given, or that stand for such an output of the one
     before, each with the block's own argument in its place; None for what is the same for all samples.
 
     Raises:
-        SkipwayError: such an output is computed for each sample, and the block was given nothing in its place.
+        SkipwayError: such an output is computed for each sample, and the block was given nothing of its shape in its
+            place.
     """
     call, known = calls[name], dict(axes[name].arguments)
     own = {source: argument for argument, source in call.threads}
@@ -179,18 +199,23 @@ def threaded_outputs(
         read = {source: argument for argument, source in calls[follower].threads}
         later = dict(axes[follower].arguments)
     found: list[tuple[Path, Path | None]] = []
+
+    def shape(table: Mapping[str, Mapping[Path, int]], path: Path) -> tuple[int, ...] | None:
+        number = table.get(name, {}).get(path)
+        return None if number is None else program[number].shape
+
     for path in call.computed:
         argument = own.get(path, read.get(path))
         if argument is None:
             continue
         if (later if path in read else known).get(read.get(path, argument)) is None:
             found.append((path, None))
-        elif known.get(argument) is not None:
+        elif known.get(argument) is not None and shape(program.given, argument) == shape(program.returned, path):
             found.append((path, argument))
         else:
             raise SkipwayError(
-                f"it computes {path_text(path, what='output')} of each sample for {follower}, and is given nothing "
-                "that could stand in its place for samples that it skips"
+                f"it computes {path_text(path, what='output')} of each sample for {follower or 'what follows'}, and is "
+                "given nothing of that shape that could stand in its place for samples that it skips"
             )
     return tuple(found)
 

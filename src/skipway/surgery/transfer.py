@@ -328,8 +328,8 @@ def check_path(connection: StartedConnection) -> None:
     if connection.seen.kind != "attention" and connection.seen.maps and not connection.seen.path:
         raise SkipwayError(
             f"connection {connection.name!r}: {', '.join(connection.seen.maps)} do not follow one another (branches in "
-            "it are added or joined), and a scheme that starts the last map of a branch, or counts its maps, says "
-            "nothing of those"
+            "it are added, joined, or multiplied at its end), and a scheme that starts the last map of a branch, or "
+            "counts its maps, says nothing of those"
         )
 
 

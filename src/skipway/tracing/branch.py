@@ -172,8 +172,9 @@ class BranchReader(Walker):
         return factor
 
     def path(self, branch: int, start: int) -> tuple[str, ...]:
-        """The maps that follow one another up to the end of a branch, in order; of a product all that make factors of
-        its size. None at all where tensors are added or joined on the way.
+        """The maps that follow one another up to the end of a branch, in order, without those of what is added to them
+        from outside of it; of a product those of `gated`. None at all where tensors of the branch are added or joined
+        on the way, or where a branch could be other than 0 though its last map is 0.
         """
         maps, waiting, seen = list[Value](), [branch], {start}
         while waiting:
@@ -182,14 +183,33 @@ class BranchReader(Walker):
                 continue
             seen.add(number)
             value = self.program[number]
-            main = self.main_operand(value)
-            if main is None or value.part == "join":
+            signals = self.program.signals(value)
+            inside = [each for each in signals if each == start or self.program.depends(each, start)]
+            outside = [each for each in signals if each not in inside and not self.positional[each]]
+            is_product = value.norm is None and value.operator in {"mul", "mul_"}
+            if value.norm is not None or number in self.cancelled:
+                main = self.main_operand(value)
+                inside, outside = [] if main is None else [main], []
+            elif is_product and len(inside) > 1:
+                inside = self.gated(inside)
+            if value.part == "join" or not inside or (len(inside) > 1 and not is_product):
                 return ()
+            if not maps and outside and not is_product:
+                return ()
+            if not maps and len(inside) > 1 and len({self.last_map(each, start) for each in inside}) > 1:
+                return ()  # a product of two maps: with one of them 0, the activation behind it need not be
             if effective_part(value) == "map":
                 maps.append(value)
-            factors = self.program.signals(value) if value.norm is None and value.part == "product" else []
-            waiting += [main, *(each for each in factors if self.spread(each) == self.spread(main))]
+            waiting += inside
         return unique(self.program.weight_owner(each) for each in sorted(maps, key=lambda each: each.number))
+
+    def gated(self, factors: Sequence[int]) -> list[int]:
+        """The largest factors of a product, without gates: those that are computed from another factor."""
+        free = [
+            each for each in factors if not any(self.program.depends(each, other) for other in factors if other != each)
+        ]
+        largest = max(map(self.spread, free))
+        return [each for each in free if self.spread(each) == largest]
 
     def ends(self, number: int, start: int, following: int) -> tuple[str, ...]:
         """The norms or maps that make a branch, of all branches where it is a sum of some; none where one has none."""

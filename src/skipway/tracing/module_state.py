@@ -31,6 +31,7 @@ HOLDERS = (Tensor, list, tuple, dict)
 FILLED = (list, dict, OrderedDict, defaultdict, Counter, set, deque)
 """Containers whose entries are put back, of these very classes."""
 CONTAINERS = (list, tuple, dict, set, deque)
+TABLES = ("_parameters", "_buffers", "_modules")
 MISSING = object()
 STATELESS = tuple(kind for kind in CLOSED if kind is not nn.Module)
 """Objects that keep nothing of a call."""
@@ -73,21 +74,29 @@ class TensorValues(NamedTuple):
     Args:
         tensor: itself.
         version: how often it had been written into.
+        shape: that it had.
         values: of each place in its memory.
     """
 
     tensor: Tensor
     version: int
+    shape: torch.Size | None
     values: Tensor
 
     @classmethod
     def of(cls, tensor: Tensor) -> TensorValues:
         """The values that a tensor has now."""
-        return cls(tensor, version_of(tensor), places_in(tensor).detach().clone())
+        shape = None if tensor.is_nested else tensor.shape
+        return cls(tensor, version_of(tensor), shape, places_in(tensor).detach().clone())
 
     def put_back(self) -> None:
         """Write the values back, where they are others: a write into what a graph has saved ends its backward pass."""
-        if version_of(self.tensor) != self.version or are_different(places_in(self.tensor), self.values):
+        now, then = self.tensor, self.values
+        shape = None if now.is_nested else now.shape
+        if (shape, now.device, now.dtype, now.layout) != (self.shape, then.device, then.dtype, then.layout):
+            # resized, as a buffer of `out=`, or given other data
+            self.tensor.data = then.clone() if self.shape is None else then.clone().expand(self.shape)
+        elif version_of(self.tensor) != self.version or are_different(places_in(self.tensor), self.values):
             write_values(self.tensor, self.values)
 
 
@@ -119,13 +128,15 @@ def write_values(tensor: Tensor, values: Tensor) -> None:
 
 def attribute_restoration(modules: Iterable[nn.Module]) -> Callable[[], None]:
     """A step that puts back what a forward pass sets, replaces, deletes, fills or writes in place: attributes with
-    tensors, numbers and texts, also in containers, and parameters that it replaces.
+    tensors, numbers, flags and texts, also in containers, and parameters that it replaces.
 
-    Flags are left, since one may say that hooks were installed, as in transformers; so are objects of other classes,
-    and containers that such were added to or taken from.
+    Left are objects of other classes, and containers that such were added to or taken from. Where a pass installs
+    hooks, as in transformers, or makes modules or parameters, so are flags and what goes with them, which may tell that
+    they are there.
     """
     modules = list(modules)
     before = [(module.__dict__, held_by(module)) for module in modules]
+    parts = count_parts(before)
     parameters = [(module._parameters, dict(module._parameters)) for module in modules if module._parameters]
     seen: dict[int, Any] = {}
     found = [each for _, held in before for value in held.values() for each in parts_in(value, seen)]
@@ -133,7 +144,17 @@ def attribute_restoration(modules: Iterable[nn.Module]) -> Callable[[], None]:
     kept = [each for each in found if isinstance(each, Tensor) and not isinstance(each, nn.Parameter)]
     own = set(map(memory_of, weights_of(modules))) if kept else set()
     tensors = [TensorValues.of(each) for each in kept if memory_of(each) not in own]
-    return partial(put_back_attributes, before, parameters, filled, tensors)
+    return partial(put_back_attributes, before, parts, parameters, filled, tensors)
+
+
+def count_parts(before: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> int:
+    """How many hooks, modules and parameters modules have, by their tables."""
+    return sum(
+        len(table)
+        for own, _ in before
+        for name, table in own.items()
+        if name in {"_modules", "_parameters"} or (name in STANDARD and name.endswith("_hooks"))
+    )
 
 
 def weights_of(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
@@ -194,22 +215,31 @@ def entries_in(container: Any) -> Iterable[Any]:
 
 def put_back_attributes(
     before: Sequence[tuple[dict[str, Any], dict[str, Any]]],
+    parts: int,
     parameters: Sequence[tuple[dict[str, Any], dict[str, Any]]],
     filled: Sequence[tuple[Any, Any]],
     tensors: Sequence[TensorValues],
 ) -> None:
     """Put back attributes and parameters, by the tables of their modules, and what containers and tensors held."""
+    built = count_parts(before) != parts
     for own, held in before:
         for name in [each for each in {**held, **own} if each not in STANDARD]:
             old, new = held.get(name, MISSING), own.get(name, MISSING)
-            if old is not new and (is_state(old) or is_state(new)):
-                if name in held:
-                    own[name] = old
-                else:
-                    del own[name]
+            if old is new or not all(each is MISSING or holds_state(each) for each in (old, new)):
+                continue
+            if new is MISSING and any(name in own.get(table, ()) for table in TABLES):  # what became a parameter
+                continue
+            # what is set beside hooks or modules that a pass makes may tell that they are there
+            if built and not (is_state(old) and is_state(new)) and next(tensors_in((old, new)), None) is None:
+                continue
+            if name in held:
+                own[name] = old
+            else:
+                del own[name]
     for table, old in parameters:
         for name, parameter in old.items():
-            if parameter is not None and table.get(name, parameter) is not parameter:
+            # FSDP exchanges whole and sharded ones, whose classes differ, and knows which are there
+            if name in table and table[name] is not parameter and type(table[name]) is type(parameter):
                 table[name] = parameter
     for value, old in filled:
         if are_others(value, old) and all(map(holds_state, exchanged(value, old))):

@@ -74,8 +74,9 @@ def without_fused_layers() -> Iterator[None]:
 def preserved_state(model: nn.Module) -> Iterator[None]:
     """Context that restores what a forward pass changes: buffers; tensors, numbers and texts kept as attributes or in
     containers there, whether replaced or written in place; parameters that are replaced; mode of every module; random
-    states of torch, Python and NumPy. Parameters that are written in place stay so, as do flags and other objects. An
-    interrupt while that is done is raised when all is restored.
+    states of torch, Python and NumPy. Parameters that are written in place stay so, as do other objects, and flags
+    beside hooks or modules that the pass makes (`attribute_restoration`). An interrupt while that is done is raised
+    when all is restored.
     """
     modules = list(model.modules())  # walked once: of thousands of modules that takes as long as a forward pass
     modes = [module.training for module in modules]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from skipway.tracing.arguments import Path, tensor_paths
 from skipway.tracing.channels import channel_axis
 from skipway.tracing.containers import ATOMS, tensors_in
 from skipway.tracing.example import Example, as_example, call_model, copy_example
-from skipway.tracing.foreign_hooks import calls_foreign_hook
+from skipway.tracing.foreign_hooks import calls_foreign_hook, remove_foreign_hooks
 from skipway.tracing.module_state import kept_tensors
 from skipway.tracing.operator_call import Operand, OperatorCall
 from skipway.tracing.operators import part_of
@@ -50,8 +50,8 @@ def watch(model: nn.Module, example: Example, *, training: bool = False) -> Prog
 
     The pass runs on a copy on the meta device: no weights are allocated, nothing is computed and the model is not
     touched. Where the meta device does not do (a model that reads values of its tensors, or with forward hooks of
-    yours, which would be given tensors without values), the model itself runs once, without gradients, and its buffers,
-    modes and random state are put back.
+    yours, which would be given tensors without values), the model itself runs once, without gradients, and is put back
+    as `preserved_state` does. Where that fails (another device, too little memory), the copy runs without your hooks.
 
     Args:
         model: any `torch.nn.Module`.
@@ -65,13 +65,10 @@ def watch(model: nn.Module, example: Example, *, training: bool = False) -> Prog
     model, example = unwrap(model), as_example(example)
     refuse_scripted(model)
     on_meta = any(tensor.is_meta for tensor in model.parameters())
-    if on_meta or not calls_foreign_hook(model):
+    hooked = not on_meta and calls_foreign_hook(model)
+    if not hooked:
         try:
-            copied = copy_to_meta(model)
-            given = copy_example(example, "meta")
-            program = record_program(set_mode(copied, training), given)
-            program.on_meta = True
-            return program
+            return watch_on_meta(copy_to_meta(model), example, training)
         except Exception as problem:  # a foreign model may raise anything on the meta device
             if on_meta:
                 raise SkipwayError(
@@ -84,9 +81,19 @@ def watch(model: nn.Module, example: Example, *, training: bool = False) -> Prog
     except SkipwayError:
         raise
     except Exception as second:
+        if hooked:
+            with suppress(Exception):
+                return watch_on_meta(remove_foreign_hooks(copy_to_meta(model)), example, training)
         raise SkipwayError(
             f"{type(model).__name__} cannot be watched on this example: {type(second).__name__}: {second}"
         ) from second
+
+
+def watch_on_meta(copied: nn.Module, example: Example, training: bool) -> Program:
+    """The program of a copy on the meta device."""
+    program = record_program(set_mode(copied, training), copy_example(example, "meta"))
+    program.on_meta = True
+    return program
 
 
 def set_mode(model: nn.Module, training: bool) -> nn.Module:

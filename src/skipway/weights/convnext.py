@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from skipway.models.convnext import ConvNeXt
 from skipway.weights.keymap import KeyMap, KeyRule, module_rule, with_base_names
-from skipway.weights.tables import register_keymap
+from skipway.weights.stored_config import stated_differences
+from skipway.weights.tables import register_config, register_keymap
 
 __all__: list[str] = []
 
@@ -85,4 +86,9 @@ register_keymap(
     ConvNeXt,
     KeyMap("huggingface", with_base_names("convnextv2", convnext_huggingface_rules("convnextv2"))),
     when=lambda model: model.config.response,
+)
+register_config(
+    ConvNeXt,
+    "huggingface",
+    lambda model, described: stated_differences({"act": "gelu"}, described, {"act": "hidden_act"}, {}),
 )

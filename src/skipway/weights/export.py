@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from skipway.errors import CheckpointError
-from skipway.nn import Cut, Gain, Multiply, OrthogonalSum, ResidualWarmup, ScaledActivation, ScaledShortcut
+from skipway.nn import ResidualWarmup
 from skipway.tracing import unwrap
 from skipway.weights.extra_state import extra_state_owners
 from skipway.weights.prefixes import names_of_same, own_name, own_state
@@ -18,13 +18,11 @@ def export_names(model: nn.Module, names: str) -> dict[str, Tensor]:
     """The model's state dict under another library's names (axes of length 1 as they are here).
 
     Raises:
-        CheckpointError: a parameter that the other library has no name for (a scheme's gain, for example), or two that
-            it has one name for.
+        CheckpointError: a parameter that the other library has no name for (a scheme's gain, for example), two that it
+            has one name for, or something without parameters that it does not compute.
     """
     model = unwrap(model)
     keymap = find_keymap(model, names)
-    if names != "skipway":
-        refuse_constants(model, names)
     warmups = (name for name, module in model.named_modules() if isinstance(module, ResidualWarmup))
     ended = set(map(own_name, warmups))  # others are refused
     own, out, origin = own_state(model), dict[str, Tensor](), dict[str, str]()
@@ -45,15 +43,3 @@ def export_names(model: nn.Module, names: str) -> dict[str, Tensor]:
                 )
         out.update(zip(theirs, row.divide(tensor, model), strict=True))
     return out | {copy: out[first] for copy, first in keymap.copies.items() if first in out}
-
-
-def refuse_constants(model: nn.Module, names: str) -> None:
-    """Raise where the model computes with something that no state dict carries, and that the other library lacks."""
-    for name, module in model.named_modules():
-        constant = isinstance(module, Multiply | OrthogonalSum | ScaledShortcut | ScaledActivation | Cut)
-        constant |= isinstance(module, ResidualWarmup) and module.running
-        if constant or (isinstance(module, Gain) and (module.factor != 1.0 or module.gain.ndim == 0)):
-            raise CheckpointError(
-                f"{names} has nothing like {name!r} ({module}), so this model would compute something else there; "
-                "export to names='skipway'"
-            )

@@ -50,7 +50,7 @@ def refuse_copies(own: Mapping[str, Tensor], again: Mapping[str, Tensor], owners
         CheckpointError: such a tensor.
     """
     for name, tensor in own.items():
-        plain = name not in owners and type(tensor) in (Tensor, nn.Parameter)
+        plain = name not in owners and type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
         if plain and tensor.data_ptr() != again[name].data_ptr():
             raise CheckpointError(
                 f"{printable(name)!r} cannot be loaded: state_dict() returns a copy of it, into which nothing can be "

@@ -83,6 +83,7 @@ class KeyMap:
         unused: regular expressions of their keys for which ours has no use; they are left out and named (a pooler).
         copies: their key that stands for the same parameter as another of theirs → that one, such as a tied head's. It
             may be absent, stand alone, or stand there with equal values.
+        differences: of a model and a file, what a table that need not be loaded shows of another network, in words.
     """
 
     library: str
@@ -90,6 +91,7 @@ class KeyMap:
     ignored: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     copies: Mapping[str, str] = field(default_factory=dict)
+    differences: Callable[[Any, Mapping[str, Tensor]], list[str]] = lambda model, state: []
 
     def find(self, key: str, present: Container[str] = ()) -> tuple[KeyRule, tuple[str, ...]] | None:
         """The row that matches our key, and their names for it: those that are present, else those of the first row."""

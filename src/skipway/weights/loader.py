@@ -50,6 +50,7 @@ class LoadReport:
         misshapen: ours → both shapes.
         unequal: ours → another of our names for the same parameter (a tied head), of which the file has other values.
         doubled: ours → another of ours, which is another parameter and has the same name in the file.
+        other: what tables of the file that need not be loaded show of another network, in words.
         near: one of `unexpected` → what comes closest to it.
         resampled: ours → both shapes, where `adapt` allowed to resample.
         fresh: ours that keep their value since `adapt` allowed that.
@@ -68,6 +69,7 @@ class LoadReport:
     misshapen: dict[str, str] = field(default_factory=dict)
     unequal: dict[str, str] = field(default_factory=dict)
     doubled: dict[str, str] = field(default_factory=dict)
+    other: list[str] = field(default_factory=list)
     near: dict[str, str] = field(default_factory=dict)
     resampled: dict[str, str] = field(default_factory=dict)
     fresh: list[str] = field(default_factory=list)
@@ -78,7 +80,7 @@ class LoadReport:
     @property
     def fits(self) -> bool:
         """True if every key on both sides has its counterpart."""
-        return not (self.missing or self.unexpected or self.misshapen or self.unequal or self.doubled)
+        return not (self.missing or self.unexpected or self.misshapen or self.unequal or self.doubled or self.other)
 
     def differences(self) -> dict[str, list[str]]:
         """What was allowed to differ, and the names that it concerns."""
@@ -97,6 +99,7 @@ class LoadReport:
             ("of another shape", [f"{ours}: {both}" for ours, both in self.misshapen.items()]),
             ("unequal to another name of the same parameter (leave out one of the two)", unequal),
             ("of the same name in the file as another parameter, so its network is another one", doubled),
+            ("shown by tables of the file, of another network (give build(…) the file's)", self.other),
             ("resampled", [f"{ours}: {both}" for ours, both in self.resampled.items()]),
             ("kept as they are in the model", self.fresh),
             ("of the file left out", self.left_out),
@@ -262,8 +265,9 @@ def load_state(
         else tensor.to(own[key].device, own[key].dtype)
         for key, tensor in report.tensors.items()
     }
-    refuse_copies(own, own_state(network), owners)
-    write_state({key: own[key] for key in ready}, ready.items(), owners)
+    places = {key: own[key] for key in ready}
+    refuse_copies(places, own_state(network), owners)
+    write_state(places, ready.items(), owners)
     odd = [key for key, tensor in ready.items() if tensor.is_floating_point() and not bool(tensor.isfinite().all())]
     if odd:
         report.remarks.append(f"values that are not finite, in {counted(len(odd), 'tensor')}: {cut(odd)}")
@@ -361,6 +365,7 @@ def matched(
     for ours, other in ((key, firsts.setdefault(name, key)) for key in report.tensors for name in sources[key]):
         if other not in aliases[ours]:
             report.doubled[ours] = other
+    report.other.extend(keymap.differences(model, state))
     taken = {name for theirs in sources.values() for name in theirs}
     rest = [key for key in state if key not in taken and not keymap.ignores(key)]
     report.left_out.extend(key for key in rest if keymap.leaves_out(key))

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from skipway.models.resnet import Block, ResNet
 from skipway.weights.keymap import KeyMap, KeyRule, module_rule, with_base_names
-from skipway.weights.tables import register_keymap, register_misfit
+from skipway.weights.stored_config import stated_differences
+from skipway.weights.tables import register_config, register_keymap, register_misfit
 
 __all__: list[str] = []
 
@@ -91,3 +92,7 @@ POOLS = "shortcut='pooled'; its ResNet projects with a stride; timm has a pooled
 for library in ("torchvision", "huggingface"):
     register_misfit(ResNet, library, lambda model: POOLS if model.config.shortcut == "pooled" else None)
     register_misfit(Block, library, lambda block: POOLS if has_pooled_shortcut(block) else None)
+# the stride of a bottleneck stands on its 3 × 3, and the first stage keeps the size of the map
+FIXED = {"act": "relu", "downsample_in_bottleneck": False, "downsample_in_first_stage": False}
+STATED = {name: name for name in FIXED} | {"act": "hidden_act"}
+register_config(ResNet, "huggingface", lambda model, described: stated_differences(FIXED, described, STATED, {}))

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from skipway.models.swin import Swin
+from skipway.models.swin import Swin, SwinConfig
 from skipway.weights.keymap import KeyMap, KeyRule, module_rule, with_base_names
-from skipway.weights.tables import register_keymap, register_misfit
+from skipway.weights.stored_config import stated_differences
+from skipway.weights.tables import register_config, register_keymap, register_misfit
 
 __all__: list[str] = []
 
@@ -130,9 +136,49 @@ def uses_cosine_attention(model: Swin) -> bool:
     return model.config.attention == "cosine"
 
 
+def window_differences(config: SwinConfig, windows: Sequence[int], learned: Sequence[int]) -> list[str]:
+    """In which windows a V2 differs from the one that weights are of, which no weight shows, in words.
+
+    Args:
+        config: of the model, which may have other windows on purpose if it states what they were learned at.
+        windows: of the weights' network, per stage.
+        learned: at which its position functions were learned.
+    """
+    rows = [("learned_window", config.learned_windows, tuple(learned))]
+    if config.learned_window is None:
+        rows.insert(0, ("window", config.windows, tuple(windows)))
+    return [f"{name}={own} in the model, {name}={theirs} in the file" for name, own, theirs in rows if own != theirs]
+
+
+def table_differences(model: Swin, state: Mapping[str, Tensor], *, every: int = 1) -> list[str]:
+    """What a file's `relative_coords_table`s, (1, 2w - 1, 2w - 1, 2), show of windows of w tokens. The offset of
+    neighbours is log₂(1 + 8 / (v - 1)) / log₂ 8, for the windows of v tokens that the function was learned at.
+
+    Args:
+        model: ours.
+        state: the file.
+        every: how far apart the numbers of stages are in its names.
+    """
+    config = model.config
+    windows, learned = list(config.windows), list(config.learned_windows)
+    for key, table in state.items():
+        number = re.search(r"\d+", key)
+        if number is None or not key.endswith(".relative_coords_table") or not uses_cosine_attention(model):
+            continue
+        stage = int(number[0]) // every
+        dense = not table.is_nested and table.layout == torch.strided and table.is_floating_point()
+        if stage >= len(windows) or not dense or table.ndim != 4 or table.shape[1] < 3 or not table.numel():
+            continue
+        windows[stage] = centre = (table.shape[1] + 1) // 2
+        offset = 0.0 if table.is_meta else float(table[0, centre, 0, 0])
+        if 1e-3 < offset < 2:
+            learned[stage] = round(1 + 8 / (8**offset - 1))
+    return window_differences(config, windows, learned)
+
+
 TABLES = (r".*\.relative_position_index", r".*\.relative_coords_table", r".*\.attn_mask", r".*\.k_bias")
 
-register_keymap(Swin, KeyMap("timm", swin_timm_rules(), TABLES))
+register_keymap(Swin, KeyMap("timm", swin_timm_rules(), TABLES, differences=table_differences))
 register_keymap(
     Swin,
     KeyMap(
@@ -145,6 +191,7 @@ register_keymap(
             module_rule("head.classifier", "head"),
         ),
         TABLES,
+        differences=partial(table_differences, every=2),
     ),
 )
 V1, V2 = (f"{root}.encoder.layers.{{i}}.blocks.{{j}}" for root in ("swin", "swinv2"))
@@ -163,6 +210,7 @@ register_keymap(
         "huggingface",
         with_base_names("swinv2", (*swin_huggingface_rules("swinv2"), *swin_in_file_rules(V2))),
         UNUSED,
+        differences=table_differences,
     ),
     when=uses_cosine_attention,
 )
@@ -178,3 +226,32 @@ def describe_swin_misfit(model: Swin) -> str | None:
 
 for library in ("timm", "torchvision", "huggingface"):
     register_misfit(Swin, library, describe_swin_misfit)
+
+
+OF_SWINV2 = {"window_size": 7, "image_size": 224, "patch_size": 4, "pretrained_window_sizes": None}
+STATED = {"act": "hidden_act", "epsilon": "layer_norm_eps"}
+
+
+def swin_config_differences(model: Swin, described: Mapping[str, Any]) -> list[str]:
+    """How a Swin differs from the one that a `config.json` of transformers describes, which has smaller windows where
+    the map is smaller, whose sides it halves by rounding down.
+    """
+    found = stated_differences({"act": "gelu", "epsilon": 1e-5}, described, STATED, {})
+    if not uses_cosine_attention(model):  # V1's tables show its windows
+        return found
+    values: dict[str, Any] = {**OF_SWINV2, **described}
+    side, image, patch = (least_side(values[name]) for name in ("window_size", "image_size", "patch_size"))
+    stages = len(model.config.blocks)
+    windows = [min(side, image // patch // 2**stage) for stage in range(stages)]
+    learned = (*(values["pretrained_window_sizes"] or ()), *[0] * stages)[:stages]
+    return found + window_differences(
+        model.config, windows, [int(own) or window for own, window in zip(learned, windows, strict=True)]
+    )
+
+
+def least_side(value: Any) -> int:
+    """A side in pixels or tokens, of two the smaller one."""
+    return max(1, min(map(int, value)) if isinstance(value, list | tuple) else int(value))
+
+
+register_config(Swin, "huggingface", swin_config_differences)

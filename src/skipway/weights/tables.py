@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from skipway.errors import CheckpointError, spell, suggest
+from skipway.nn import Cut, Gain, Multiply, OrthogonalSum, ResidualWarmup, ScaledActivation, ScaledShortcut
 from skipway.weights.keymap import KeyMap, KeyRule
 
 __all__ = [
@@ -61,7 +62,22 @@ def known_keymaps(model: nn.Module) -> dict[str, KeyMap]:
 def find_misfit(model: nn.Module, library: str) -> str | None:
     """Why no class of a library computes what a model does; None: one does, or it is not known."""
     misfits = (misfit(model) for (kind, each), misfit in MISFITS.items() if each == library and isinstance(model, kind))
-    return next(filter(None, misfits), None)
+    named = any(keymap.library == library for kind in type(model).__mro__ for keymap, _ in TABLES.get(kind, ()))
+    return next(filter(None, misfits), None) or (describe_constant(model, library) if named else None)
+
+
+def describe_constant(model: nn.Module, library: str) -> str | None:
+    """What a model computes with that no state dict carries and no class of a library has; None: there is nothing."""
+    for name, module in model.named_modules():
+        constant = isinstance(module, Multiply | OrthogonalSum | ScaledShortcut | ScaledActivation | Cut)
+        constant |= isinstance(module, ResidualWarmup) and module.running
+        if constant or (isinstance(module, Gain) and (module.factor != 1.0 or module.gain.ndim == 0)):
+            return (
+                f"{library} has nothing like {name!r} ({module}), so the same weights compute something else there; "
+                "export to names='skipway', and load such weights into a network without its scheme, which "
+                "skipway.rescheme puts on afterwards"
+            )
+    return None
 
 
 def known_libraries(model: nn.Module) -> list[str]:

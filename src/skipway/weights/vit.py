@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from skipway.models.vit import ViT
 from skipway.weights.keymap import KeyMap, KeyRule, module_rule, with_base_names
-from skipway.weights.tables import register_keymap, register_misfit
+from skipway.weights.stored_config import stated_differences
+from skipway.weights.tables import register_config, register_keymap, register_misfit
 
 __all__: list[str] = []
 
@@ -104,5 +105,16 @@ register_keymap(
         ),
         ignored=(r".*\.mask_token",),
         unused=(r"(vit\.)?pooler\.dense\.(weight|bias)",),
+    ),
+)
+STATED = {"heads": "num_attention_heads", "epsilon": "layer_norm_eps", "act": "hidden_act"}
+OF_VIT = {"num_attention_heads": 12, "layer_norm_eps": 1e-12, "hidden_act": "gelu"}
+OF_DINOV2 = {**OF_VIT, "layer_norm_eps": 1e-6}
+DEFAULTS = {"vit": OF_VIT, "dinov2": OF_DINOV2, "dinov2_with_registers": OF_DINOV2}
+register_config(
+    ViT,
+    "huggingface",
+    lambda model, described: stated_differences(
+        {name: getattr(model.config, name) for name in STATED}, described, STATED, DEFAULTS
     ),
 )

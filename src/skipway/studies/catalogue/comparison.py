@@ -30,15 +30,22 @@ from skipway.inference.metrics import percent
 from skipway.models import build
 from skipway.report.chart import Figure
 from skipway.studies.cell import Budget, Cell, Choices, Row
-from skipway.studies.fit import FitSettings, data_of, dataset_name, fit, fit_batch
+from skipway.studies.fit import (
+    UNKNOWN_CHANCE,
+    FitSettings,
+    chance_note,
+    data_of,
+    dataset_name,
+    fit,
+    fit_batch,
+    trained_error,
+)
 from skipway.studies.statistics import SeedValues, best_rate_rows, group_values, series_over
 from skipway.studies.study import STUDIES, Study, Verdict
 from skipway.surgery.saved_tensors import saved_bytes
 
 __all__ = ["SchemeComparison"]
 
-TRAINED = 0.5
-"""Test error of the median seed below which a network has learned; without norm, single seeds fail at any depth."""
 RATES = (0.01, 0.1, 1.0)
 ROUNDS = 20
 SCHEMES = (
@@ -121,11 +128,11 @@ class SchemeComparison(Study):
 
     def conclude(self, rows: Sequence[Row]) -> list[Verdict]:
         found = {str(line["scheme"]): line for line in self.summary(rows)}
-        unchanged = [row for row in rows if row["kind"] == "as it is"]
+        unchanged, bare = ([row for row in rows if row["kind"] == kind] for kind in ("as it is", "no norm"))
         return [
-            skips_decide(errors_of(unchanged)),
-            silent_stand(errors_of(unchanged)),
-            norm_needed(rows),
+            skips_decide(errors_of(unchanged), trained_error(unchanged)),
+            silent_stand(errors_of(unchanged), trained_error(unchanged)),
+            norm_needed(errors_of(bare), trained_error(bare)),
             cheap(found),
             less_memory(found),
         ]
@@ -142,7 +149,7 @@ class SchemeComparison(Study):
                 log_x=True,
                 series=series_over(best_rate_rows(unchanged), "depth", "test_error", "scheme"),
                 percent=True,
-                note="Chance is 90 %.",
+                note=chance_note(unchanged),
             ),
             Figure(
                 name="rate",
@@ -152,7 +159,7 @@ class SchemeComparison(Study):
                 log_x=True,
                 series=series_over([row for row in unchanged if row["depth"] == deepest], "lr", "test_error", "scheme"),
                 percent=True,
-                note="Chance is 90 %.",
+                note=chance_note(unchanged),
             ),
         ]
 
@@ -163,19 +170,20 @@ class SchemeComparison(Study):
         reached = group_values(best_rate_rows(unchanged), ["scheme", "depth"], "test_error")
         kept, times = group_values(unchanged, ["scheme"], "kept"), group_values(rows, ["scheme"], "times")
         lines: list[Row] = []
+        limit = trained_error(unchanged)
         deep = largest_depth(errors)
         for name in dict.fromkeys(str(row["scheme"]) for row in unchanged):
             trained = [
-                (depth, rate) for (own, depth, rate), sample in errors.items() if own == name and learned(sample)
+                (depth, rate) for (own, depth, rate), sample in errors.items() if own == name and learned(sample, limit)
             ]
             depths = sorted(depth for own, depth in reached if own == name)
             alone = max(
-                (depth for (own, depth, _), sample in bare.items() if own == name and learned(sample)), default=0
+                (depth for (own, depth, _), sample in bare.items() if own == name and learned(sample, limit)), default=0
             )
-            needs = FREE.get(name) or (f"no, up to {alone} layers" if alone else "yes")
+            measured = None if limit is None else f"no, up to {alone} layers" if alone else "yes"
             line: Row = {
                 "scheme": name,
-                "needs normalisation": needs,
+                "needs normalisation": FREE.get(name, measured),
                 "largest depth that trains": max((depth for depth, _ in trained), default=None),
                 f"largest learning rate, {deep} layers": max(
                     (rate for depth, rate in trained if depth == deep), default=None
@@ -200,9 +208,9 @@ def errors_of(rows: Sequence[Row]) -> dict[tuple, SeedValues]:
     return group_values(rows, ["scheme", "depth", "lr"], "test_error")
 
 
-def learned(sample: SeedValues) -> bool:
-    """Return whether the median seed has learned."""
-    return median(sample.values) < TRAINED
+def learned(sample: SeedValues, limit: float | None) -> bool:
+    """Return whether the median seed has learned; without norm, single seeds fail at any depth."""
+    return limit is not None and median(sample.values) < limit
 
 
 def step_times(models: Sequence[nn.Module], data: Data, batch_size: int, device: str) -> list[float]:
@@ -227,22 +235,28 @@ def largest_depth(errors: Mapping[tuple, SeedValues]) -> int:
     return max((depth for _, depth, _ in errors), default=0)
 
 
-def trained_and_failed(errors: Mapping[tuple, SeedValues], depth: int) -> tuple[list[str], list[str]]:
+def trained_and_failed(errors: Mapping[tuple, SeedValues], depth: int, limit: float) -> tuple[list[str], list[str]]:
     """Return the schemes that learn at a depth at some learning rate, and those that do not."""
     names = dict.fromkeys(name for name, own, _ in errors if own == depth)
-    good = [n for n in names if any(learned(s) for (name, own, _), s in errors.items() if (name, own) == (n, depth))]
+    good = [
+        name
+        for name in names
+        if any(learned(sample, limit) for (own, at, _), sample in errors.items() if (own, at) == (name, depth))
+    ]
     return good, [name for name in names if name not in good]
 
 
-def skips_decide(errors: Mapping[tuple, SeedValues]) -> Verdict:
+def skips_decide(errors: Mapping[tuple, SeedValues], limit: float | None) -> Verdict:
     """Judge whether every scheme but plain trains the deepest networks."""
     claim = "At the largest depth, every scheme with a skip trains at some learning rate, the plain network at none."
+    if limit is None:
+        return Verdict(claim, "open", UNKNOWN_CHANCE if errors else "not measured")
     depth = largest_depth(errors)
-    good, bad = trained_and_failed(errors, depth)
+    good, bad = trained_and_failed(errors, depth, limit)
     if "plain" not in {*good, *bad} or len(good) + len(bad) < 3:
         return Verdict(claim, "open", "not measured")
     text = (
-        f"{depth} layers, test error of the median seed below 50 %: {', '.join(good) or 'none'}; "
+        f"{depth} layers, test error of the median seed below {100 * limit:.3g} %: {', '.join(good) or 'none'}; "
         f"not below: {', '.join(bad)}."
     )
     if bad == ["plain"]:
@@ -252,15 +266,20 @@ def skips_decide(errors: Mapping[tuple, SeedValues]) -> Verdict:
     return Verdict(claim, "holds only when", f"the scheme is {', '.join(good)}. {text}")
 
 
-def silent_stand(errors: Mapping[tuple, SeedValues]) -> Verdict:
+def silent_stand(errors: Mapping[tuple, SeedValues], limit: float | None) -> Verdict:
     """Compare the largest learning rates at which the deepest networks train."""
     claim = (
         "At the largest depth, schemes whose branches are silent at initialisation tolerate a larger learning rate "
         "than identity."
     )
+    if limit is None:
+        return Verdict(claim, "open", UNKNOWN_CHANCE if errors else "not measured")
     depth = largest_depth(errors)
     most = {
-        name: max((rate for (n, d, rate), s in errors.items() if (n, d) == (name, depth) and learned(s)), default=0.0)
+        name: max(
+            (rate for (own, at, rate), s in errors.items() if (own, at) == (name, depth) and learned(s, limit)),
+            default=0.0,
+        )
         for name in dict.fromkeys(name for name, own, _ in errors if own == depth)
     }
     asked = [name for name in SILENT if name in most]
@@ -275,18 +294,19 @@ def silent_stand(errors: Mapping[tuple, SeedValues]) -> Verdict:
     return Verdict(claim, "holds" if larger else "does not hold", f"{text}.")
 
 
-def norm_needed(rows: Sequence[Row]) -> Verdict:
+def norm_needed(errors: Mapping[tuple, SeedValues], limit: float | None) -> Verdict:
     """Judge whether branches that start small are needed to train without norms."""
     claim = "Without normalisation, only networks whose branches start small train."
-    errors = errors_of([row for row in rows if row["kind"] == "no norm"])
-    found = {depth: trained_and_failed(errors, depth) for depth in sorted({depth for _, depth, _ in errors})}
+    if limit is None:
+        return Verdict(claim, "open", UNKNOWN_CHANCE if errors else "not measured")
+    found = {depth: trained_and_failed(errors, depth, limit) for depth in sorted({depth for _, depth, _ in errors})}
     if not found or any(not {"identity", *SMALL} <= {*good, *bad} for good, bad in found.values()):
         return Verdict(claim, "open", "not measured")
     parts = "; ".join(
         f"{depth} layers: {', '.join(good) or 'none'}; not below: {', '.join(bad) or 'none'}"
         for depth, (good, bad) in found.items()
     )
-    text = f"Test error of the median seed below 50 % at a learning rate of 0.01 or 0.1, {parts}."
+    text = f"Test error of the median seed below {100 * limit:.3g} % at a learning rate of 0.01 or 0.1, {parts}."
     kept = [depth for depth, (good, _) in found.items() if good and set(good) <= SMALL]
     if kept and len(kept) < len(found):
         return Verdict(claim, "holds only when", f"the network has {', '.join(map(str, kept))} layers. {text}")

@@ -40,6 +40,7 @@ from skipway.studies.variants import (
     TrainingGrid,
     VariantStudy,
     give_unit_stream_,
+    share_base,
     trained_rows,
     transfers,
 )
@@ -87,8 +88,7 @@ class ImageDepthTransfer(VariantStudy):
             for name in names
             for seed in seeds
         ]
-        trained = super().cells(budget, choices)
-        return [*steps, *(cell for cell in trained if cell["depth"] != BASE or cell["scheme"] == names[0])]
+        return [*steps, *share_base(super().cells(budget, choices), BASE, self.variants)]
 
     def build(self, cell: Cell, data: Data) -> nn.Module:
         """The network, whose stream starts at unit size: from ViT's embeddings of 0.02 what a branch adds turns the
@@ -117,13 +117,17 @@ class ImageDepthTransfer(VariantStudy):
     def conclude(self, rows: Sequence[Row]) -> list[Verdict]:
         return [
             *(stays_flat(rows, name) for name in (INVERSE, ROOT)),
-            *(transfers(rows, name, BASE) for name in (INVERSE, ROOT, PLAIN)),
+            *(transfers(rows, name, BASE, self.variants) for name in (INVERSE, ROOT, PLAIN)),
         ]
 
     def figures(self, rows: Sequence[Row]) -> list[Figure]:
         deepest = max((int(row["depth"] or 0) for row in trained_rows(rows)), default=0)
         shown = [row for row in trained_rows(rows) if row["depth"] == deepest]
-        base = [{**row, "scheme": f"{BASE} blocks"} for row in trained_rows(rows) if row["depth"] == BASE]
+        base = [
+            {**row, "scheme": f"{BASE} blocks" if row["scheme"] in self.variants else f"{row['scheme']}, {BASE} blocks"}
+            for row in trained_rows(rows)
+            if row["depth"] == BASE
+        ]
         return [
             Figure(
                 name="coordinates",

@@ -21,7 +21,7 @@ from skipway.inference.metrics import percent
 from skipway.models import build
 from skipway.report.chart import Figure
 from skipway.studies.cell import Budget, Cell, Choices, Row
-from skipway.studies.fit import FitSettings, data_of, fit
+from skipway.studies.fit import UNKNOWN_CHANCE, FitSettings, chance_note, chance_of, data_of, fit
 from skipway.studies.statistics import SeedValues, group_values, series_over, value_labels
 from skipway.studies.study import STUDIES, Study, Verdict
 
@@ -117,10 +117,10 @@ class FixupStudy(Study):
     def conclude(self, rows: Sequence[Row]) -> list[Verdict]:
         deep = group_values([row for row in rows if row["kind"] == "depth"], ["scheme", "depth"], "test_error")
         small = group_values([row for row in rows if row["kind"] == "batch"], ["scheme", "batch"], "test_error")
-        return [any_depth(deep), factor(deep), batches(small)]
+        return [any_depth(deep, chance_of(rows)), factor(deep), batches(small)]
 
     def figures(self, rows: Sequence[Row]) -> list[Figure]:
-        note = "Chance is 90 %."
+        note = chance_note(rows)
         return [
             Figure(
                 name="depth",
@@ -159,14 +159,16 @@ def errors_by_setting(found: dict[tuple, SeedValues], names: Sequence[str], unit
     )
 
 
-def any_depth(found: dict[tuple, SeedValues]) -> Verdict:
-    """Judge whether Fixup learns at every depth."""
+def any_depth(found: dict[tuple, SeedValues], chance: float | None) -> Verdict:
+    """Judge whether Fixup learns at every depth: its errors are below 8/9 of that of chance."""
     claim = "With Fixup, a network without normalisation learns in the first epoch at every depth."
     own = {depth: sample for (name, depth), sample in found.items() if name == "Fixup"}
     if len(own) < 2:
         return Verdict(claim, "open", "not measured at two depths")
+    if chance is None:
+        return Verdict(claim, "open", UNKNOWN_CHANCE)
     text = f"Test error, {errors_by_setting(found, ('Fixup', 'BatchNorm', HE), 'layers')}."
-    learned = [depth for depth, sample in own.items() if sample.high < 0.8]
+    learned = [depth for depth, sample in own.items() if sample.high < chance * 8 / 9]
     if len(learned) == len(own):
         return Verdict(claim, "holds", text)
     if not learned:

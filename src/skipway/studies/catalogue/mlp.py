@@ -23,7 +23,15 @@ from torch.nn import functional as F
 
 from skipway.report.chart import Figure, Point, Series, format_value
 from skipway.studies.cell import Budget, Cell, Choices, Row
-from skipway.studies.fit import data_of, dataset_name, test_error_and_loss
+from skipway.studies.fit import (
+    UNKNOWN_CHANCE,
+    chance,
+    chance_of,
+    data_of,
+    dataset_name,
+    test_error_and_loss,
+    trained_error,
+)
 from skipway.studies.statistics import group_losses, group_values, series_over
 from skipway.studies.study import STUDIES, Published, Study, Verdict
 
@@ -129,7 +137,7 @@ class FullyConnected(Study):
             test_error_and_loss(network, data, torch.device(device))[0],
             dataset_name(data),
         )
-        return row
+        return {**row, **chance(data)}
 
     def conclude(self, rows: Sequence[Row]) -> list[Verdict]:
         return [fastest(rows, 64), starts(rows), shallow(rows)]
@@ -209,10 +217,13 @@ def starts(rows: Sequence[Row]) -> Verdict:
     found = group_losses([row for row in rows if row["depth"] == 64], ["scheme"], "loss_1")
     if not {("vanilla",), ("residual",)} <= set(found):
         return Verdict(claim, "open", "not measured")
+    guessed = chance_of(rows, "chance_loss")
+    if guessed is None:
+        return Verdict(claim, "open", UNKNOWN_CHANCE)
     text = "Training loss of epoch 1: " + ", ".join(
         f"{key[0]} {format_value(sample.low)} to {format_value(sample.high)}" for key, sample in found.items()
     )
-    large = [name for name in ("vanilla", "residual") if found[name,].low > 230]
+    large = [name for name in ("vanilla", "residual") if found[name,].low > 100 * guessed]
     answer = "holds" if len(large) == 2 else "holds only when" if large else "does not hold"
     condition = f"the network is {large[0]}. " if answer == "holds only when" else ""
     return Verdict(claim, answer, f"{condition}{text}.")
@@ -224,8 +235,11 @@ def shallow(rows: Sequence[Row]) -> Verdict:
     found = group_values([row for row in rows if row["depth"] == 8], ["scheme"], "test_error")
     if len(found) < len(VARIANTS):
         return Verdict(claim, "open", "not measured")
+    limit = trained_error(rows)
+    if limit is None:
+        return Verdict(claim, "open", UNKNOWN_CHANCE)
     text = "Test error: " + ", ".join(f"{key[0]} {sample}" for key, sample in found.items()) + "."
-    return Verdict(claim, "holds" if all(sample.high < 0.5 for sample in found.values()) else "does not hold", text)
+    return Verdict(claim, "holds" if all(sample.high < limit for sample in found.values()) else "does not hold", text)
 
 
 STUDIES.add("fully-connected", FullyConnected())

@@ -34,7 +34,7 @@ from skipway.nn import Multiply
 from skipway.nn.shortcut import Carry
 from skipway.report.chart import Figure, Point, Series, format_value
 from skipway.studies.cell import Budget, Cell, Choices, Row
-from skipway.studies.fit import FitSettings, data_of, fit, test_error_and_loss
+from skipway.studies.fit import UNKNOWN_CHANCE, FitSettings, chance_of, data_of, fit, test_error_and_loss
 from skipway.studies.statistics import SeedValues, group_values, series_over
 from skipway.studies.study import STUDIES, Published, Study, Verdict
 from skipway.tracing.chain import Connection, chain
@@ -268,18 +268,21 @@ def binomial_share(blocks: int, low: int, high: int) -> float:
 
 
 def one_block(rows: Sequence[Row]) -> Verdict:
-    """Compare the errors with one block deleted, residual and plain."""
+    """Compare the errors with one block deleted, residual and plain, which loses a third of the error of chance."""
     claim = "Without one block, a residual network is nearly as good (within 3 points), a plain network is not."
     found = {name: group_values(rows, ["scheme", "depth"], name) for name in ("intact", "deleted_1", "worst")}
     if not {key[0] for key in found["intact"]} >= set(NAMES):
         return Verdict(claim, "open", "not measured")
+    chance = chance_of(rows)
+    if chance is None:
+        return Verdict(claim, "open", UNKNOWN_CHANCE)
     parts, little, much = [], [], []
     for key, sample in found["intact"].items():
         if key[0] not in NAMES:
             continue
         rise = found["deleted_1"][key].mean - sample.mean
         if key[0] == "plain":
-            much.append(rise > 0.3)
+            much.append(rise > chance / 3)
         elif rise < 0.03:
             little.append(key[1])
         parts.append(
@@ -304,8 +307,11 @@ def smooth(rows: Sequence[Row]) -> Verdict:
     means = [sample.mean for _, sample in found if sample is not None]
     if len(means) < len(COUNTS):
         return Verdict(claim, "open", "not measured")
+    chance = chance_of(own)
+    if chance is None:
+        return Verdict(claim, "open", UNKNOWN_CHANCE)
     text = ", ".join(f"{count} deleted: {sample.text(percent)}" for count, sample in found if sample is not None)
-    holds = all(later >= earlier - 0.01 for earlier, later in pairwise(means)) and means[0] < 0.2
+    holds = all(later >= earlier - 0.01 for earlier, later in pairwise(means)) and means[0] < chance * 2 / 9
     return Verdict(claim, "holds" if holds else "does not hold", f"Test error, {deepest} layers, blocks {text}.")
 
 

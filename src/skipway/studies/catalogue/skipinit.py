@@ -24,7 +24,7 @@ from skipway.models import build
 from skipway.nn import Multiply
 from skipway.report.chart import Figure
 from skipway.studies.cell import Budget, Cell, Choices, Row
-from skipway.studies.fit import FitSettings, data_of, fit
+from skipway.studies.fit import UNKNOWN_CHANCE, FitSettings, data_of, fit, trained_error
 from skipway.studies.statistics import SeedValues, best_rate_rows, group_values, series_over
 from skipway.studies.study import STUDIES, Published, Study, Verdict
 from skipway.tracing.chain import chain
@@ -107,7 +107,7 @@ class SkipInitStudy(Study):
 
     def conclude(self, rows: Sequence[Row]) -> list[Verdict]:
         errors = group_values(best_rate_rows(rows), ["scheme", "depth"], "test_error")
-        return [small_trains(errors), large_fails(errors), rate_is_lower(rows)]
+        return [small_trains(errors), large_fails(errors, trained_error(rows)), rate_is_lower(rows)]
 
     def figures(self, rows: Sequence[Row]) -> list[Figure]:
         chosen = best_rate_rows(rows)
@@ -166,14 +166,16 @@ def small_trains(errors: dict[tuple, SeedValues]) -> Verdict:
     return Verdict(claim, "holds" if good else "does not hold", text)
 
 
-def large_fails(errors: dict[tuple, SeedValues]) -> Verdict:
+def large_fails(errors: dict[tuple, SeedValues], limit: float | None) -> Verdict:
     """Judge whether initial scalars of 1 fail at the largest depth only."""
     claim = "With an initial scalar of 1, the deepest network trains at no learning rate, while the shallowest trains."
     depths = sorted({depth for name, depth in errors if name == "α₀ = 1"})
     if len(depths) < 2:
         return Verdict(claim, "open", "not measured at two depths")
+    if limit is None:
+        return Verdict(claim, "open", UNKNOWN_CHANCE)
     text = "Test error, " + "; ".join(errors_by_variant(errors, ("α₀ = 1", DIVIDED), depth) for depth in depths) + "."
-    holds = errors["α₀ = 1", depths[-1]].low > 0.5 and errors["α₀ = 1", depths[0]].high < 0.5
+    holds = errors["α₀ = 1", depths[-1]].low > limit and errors["α₀ = 1", depths[0]].high < limit
     return Verdict(claim, "holds" if holds else "does not hold", text)
 
 

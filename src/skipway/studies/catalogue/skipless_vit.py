@@ -25,7 +25,7 @@ from skipway.inference.metrics import percent
 from skipway.models import build
 from skipway.report.chart import Figure, format_value
 from skipway.studies.cell import Budget, Cell, Choices, Row
-from skipway.studies.fit import FitSettings, data_of, fit, xavier_
+from skipway.studies.fit import UNKNOWN_CHANCE, FitSettings, data_of, fit, trained_error, xavier_
 from skipway.studies.statistics import SeedValues, group_values, series_over, value_labels
 from skipway.studies.study import STUDIES, Published, Study, Verdict
 
@@ -138,8 +138,9 @@ class SkiplessViT(Study):
 
     def conclude(self, rows: Sequence[Row]) -> list[Verdict]:
         start = group_values([row for row in rows if row["kind"] == "start"], ["scheme", "depth"], "distinct")
-        errors = group_values([row for row in rows if row["kind"] == "trained"], ["scheme", "depth"], "test_error")
-        return [collapse(start), degradation(errors), which_matters(errors), repair(errors)]
+        trained = [row for row in rows if row["kind"] == "trained"]
+        errors = group_values(trained, ["scheme", "depth"], "test_error")
+        return [collapse(start), degradation(errors, trained_error(trained)), which_matters(errors), repair(errors)]
 
     def figures(self, rows: Sequence[Row]) -> list[Figure]:
         start = [row for row in rows if row["kind"] == "start"]
@@ -234,18 +235,20 @@ def collapse(start: dict[tuple, SeedValues]) -> Verdict:
     return Verdict(claim, "holds" if none[deep].high < 1e-6 and kept[deep].low > 1e-2 else "does not hold", text)
 
 
-def degradation(errors: dict[tuple, SeedValues]) -> Verdict:
+def degradation(errors: dict[tuple, SeedValues], limit: float | None) -> Verdict:
     """Judge whether ViTs without skips fail to train."""
     claim = "A deep ViT without skips does not train, while the same ViT with skips does."
     depths = sorted({depth for name, depth in errors if name == "no skip" and ("both skips", depth) in errors})
     if not depths:
         return Verdict(claim, "open", "not measured")
+    if limit is None:
+        return Verdict(claim, "open", UNKNOWN_CHANCE)
     text = "; ".join(
         f"{depth} blocks: no skip {errors['no skip', depth].text(percent)}, "
         f"both skips {errors['both skips', depth].text(percent)}"
         for depth in depths
     )
-    failed = [d for d in depths if errors["no skip", d].low > 0.5 and errors["both skips", d].high < 0.5]
+    failed = [d for d in depths if errors["no skip", d].low > limit and errors["both skips", d].high < limit]
     if failed and failed != depths:
         return Verdict(
             claim, "holds only when", f"the network has {', '.join(map(str, failed))} blocks. Test error, {text}."

@@ -25,7 +25,7 @@ from skipway.data.text import TextData
 from skipway.studies.cell import Budget, Cell, Choices, Row
 from skipway.studies.study import STUDIES, Verdict
 from skipway.studies.text import TextGrid, TextStudy
-from skipway.studies.variants import NetworkVariant, compare, give_unit_stream_, transfers
+from skipway.studies.variants import NetworkVariant, compare, give_unit_stream_, share_base, transfers
 
 __all__ = ["TextDepthTransfer"]
 
@@ -61,8 +61,7 @@ class TextDepthTransfer(TextStudy):
     }
 
     def cells(self, budget: Budget, choices: Choices) -> list[Cell]:
-        first = (choices.schemes or tuple(self.variants))[0]
-        return [cell for cell in super().cells(budget, choices) if cell["depth"] != BASE or cell["scheme"] == first]
+        return share_base(super().cells(budget, choices), BASE, self.variants)
 
     def decoder(self, cell: Cell, data: TextData) -> nn.Module:
         """The network, whose stream starts at unit size, as theory assumes."""
@@ -70,7 +69,7 @@ class TextDepthTransfer(TextStudy):
 
     def conclude(self, rows: Sequence[Row]) -> list[Verdict]:
         return [
-            *(transfers(rows, name, BASE) for name in (INVERSE, ROOT, PLAIN)),
+            *(transfers(rows, name, BASE, self.variants) for name in (INVERSE, ROOT, PLAIN)),
             compare("With 1/m a lower training loss is reached than with 1/√m.", rows, INVERSE, ROOT, "train_loss"),
         ]
 
