@@ -331,7 +331,7 @@ class Lazy(nn.Module):
         self.register_buffer("pos", None)
         self.scratch, self.codes = torch.empty(0), torch.zeros(0)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         if not self.ready:
             if self.kind == "number":
                 self.width = x.shape[-1] ** 0.5
