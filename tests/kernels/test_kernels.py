@@ -710,3 +710,16 @@ def test_attention_lies_in_memory_as_that_of_torch(q, options, name, monkeypatch
             found = nn.functional.scaled_dot_product_attention(q, q, v, **options)
         assert found.stride() == expected.stride()
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_attention_of_several_types_under_autocast_is_as_that_of_torch(monkeypatch):
+    """Queries and keys that a norm in float32 made beside values in bfloat16; autocast casts before it chooses."""
+    monkeypatch.setattr(dispatch, "LARGE_ATTENTION", 0)
+    q = torch.randn(2, 6, 4, 8).transpose(1, 2)
+    attend = nn.functional.scaled_dot_product_attention
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = attend(q, q, q.bfloat16())
+        with KernelMode(), kernels.only("blocks"):
+            found = attend(q, q, q.bfloat16())
+    assert (found.dtype, found.stride()) == (expected.dtype, expected.stride())
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-2)  # products of bfloat16

@@ -591,6 +591,23 @@ def test_tables_in_a_file_show_the_windows_that_v2_learned_at(learned):
     assert sw.load(small("v2", learned_window=learned), state, names="timm")
 
 
+@pytest.mark.parametrize(
+    ("names", "key"),
+    [
+        ("timm", "layers.{}.blocks.{}.attn.relative_coords_table"),
+        ("huggingface", "swinv2.encoder.layers.{}.blocks.{}.attention.self.relative_coords_table"),
+    ],
+)
+def test_each_stage_has_a_table_of_its_own(names, key):
+    model = small("v2", image=16, learned_window=2)
+    state = export_names(model, names)
+    windows = model.config.windows
+    stages = reversed(list(enumerate(windows)))
+    state |= {key.format(i, j): coordinates(window, 2) for i, window in stages for j in range(2)}
+    assert len(set(windows)) > 1
+    assert sw.load(model, state, names=names)
+
+
 @needs_torchvision
 def test_torchvision_s_tables_show_its_windows():
     state = of_torchvision("v2").state_dict()

@@ -603,8 +603,9 @@ def parts_of_one_map(m: Written, x: Tensor, t: Tensor) -> Tensor:
         (lambda m, x, t: m.out((m.a(x) + m.b(t)).relu()), ("a", "out")),
         (lambda m, x, t: m.a(x) + m.b(t), ()),
         (lambda m, x, t: m.b(t) * m.a(x).relu(), ("a",)),
+        (lambda m, x, t: m.out(0.5 * (h := m.a(x)) * (1 + torch.tanh(0.8 * (h + 0.045 * h**3)))), ("a", "out")),
     ],
-    ids=["its own gate", "two maps", "parts of one", "SwiGLU", "added within", "added at the end", "factor"],
+    ids=["its own gate", "two maps", "parts of one", "SwiGLU", "added within", "added at the end", "factor", "GELU"],
 )
 def test_fixup_leaves_no_branch_other_than_zero(form, path):
     """F₀ = 0 (Zhang et al. 2019, sec. 3), whatever multiplies a branch or is added to it, or it is refused."""

@@ -330,6 +330,7 @@ class Lazy(nn.Module):
         self.kind, self.ready, self.handles, self.impl = kind, False, [], "auto"
         self.register_buffer("pos", None)
         self.scratch, self.codes = torch.empty(0), torch.zeros(0)
+        self.lin = nn.Linear(4, 4)
 
     def forward(self, x):
         if not self.ready:
@@ -340,6 +341,9 @@ class Lazy(nn.Module):
             elif self.kind == "hook":
                 self.handles = [self.register_forward_hook(lambda module, given, out: out)]
                 self.width = torch.ones(4)
+            elif self.kind == "method":
+                inner = self.lin.forward
+                self.lin.forward = lambda x: 2 * inner(x)
             elif self.kind == "object":
                 self.impl = Lazy("number")
             elif self.kind == "parameter":
@@ -348,16 +352,18 @@ class Lazy(nn.Module):
         if self.kind == "number":
             return x / self.width
         torch.mul(x, x, out=self.scratch)
+        if self.kind == "method":
+            return x + self.lin(x)
         return x + (self.pos if self.kind == "buffer" else self.codes if self.kind == "parameter" else 0)
 
 
-@pytest.mark.parametrize("kind", ["number", "buffer", "hook", "object", "parameter"])
+@pytest.mark.parametrize("kind", ["number", "buffer", "hook", "method", "object", "parameter"])
 def test_what_a_flag_vouches_for_is_put_back_with_it_or_stays_with_it(kind):
     net = Lazy(kind)
     with preserved_state(net), torch.no_grad():
         expected = net(torch.ones(2, 4))
     assert net.scratch.shape == (0,)
-    assert net.ready == (kind in {"hook", "object", "parameter"}) or kind == "object"
+    assert kind == "object" or net.ready == (kind in {"hook", "method", "parameter"})
     assert (len(net.handles), len(net._forward_hooks)) == ((1, 1) if kind == "hook" else (0, 0))
     assert isinstance(net.codes, nn.Parameter) == (kind == "parameter") == ("codes" in net._parameters)
     with torch.no_grad():

@@ -637,7 +637,7 @@ DESCRIBED = {
     [
         ("vit-small-16", {"num_attention_heads": 4}, "heads=2 in the model, heads=4 in the file"),
         ("vit-small-16", {"hidden_act": "quick_gelu"}, "act='gelu' in the model, act='quickgelu' in the file"),
-        ("vit-small-16", {"layer_norm_eps": 1e-12}, "epsilon=1e-06 in the model, epsilon=1e-12 in the file"),
+        ("vit-small-16", {"layer_norm_eps": 1e-3}, "epsilon=1e-06 in the model, epsilon=0.001 in the file"),
         ("swin-tiny", {"hidden_act": "relu"}, "act='gelu' in the model, act='relu' in the file"),
         ("swinv2-tiny", {"window_size": 4}, r"window=\(2, 2, 2, 2\) in the model, window=\(4, 4, 4, 2\) in the file"),
         (

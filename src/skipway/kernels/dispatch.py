@@ -119,6 +119,7 @@ def route_attention(
     if attn_mask is not None and not (bias_fits(attn_mask, q, k) and len(attn_mask) in (1, len(q))):
         return NotImplemented
     out = attention(q, k, v, attn_mask, is_causal)
+    q, k, v, attn_mask = to_autocast(q, k, v, attn_mask)  # type: ignore[assignment] - as torch does before it chooses
     plain = torch._fused_sdp_choice(q, k, v, attn_mask, dropout_p, is_causal) == SDPBackend.MATH.value
     return out.contiguous() if plain else out  # as torch lays it out
 

@@ -192,8 +192,12 @@ class BranchReader(Walker):
                 inside, outside = [] if main is None else [main], []
             elif is_product and len(inside) > 1:
                 inside = self.gated(inside)
-            if value.part == "join" or not inside or (len(inside) > 1 and not is_product):
+            if value.part == "join" or not inside:
                 return ()
+            if len(inside) > 1 and not is_product:
+                near = set().union(*(self.nearest_maps(each, start) for each in inside))
+                if len(near) > 1 or (not maps and near == {start}):
+                    return ()  # of one map it is an activation that is written out
             if not maps and outside and not is_product:
                 return ()
             if not maps and len(inside) > 1 and len({self.last_map(each, start) for each in inside}) > 1:
@@ -202,6 +206,21 @@ class BranchReader(Walker):
                 maps.append(value)
             waiting += inside
         return unique(self.program.weight_owner(each) for each in sorted(maps, key=lambda each: each.number))
+
+    def nearest_maps(self, number: int, start: int) -> set[int]:
+        """The maps, or the start, that a value is computed from without another map between."""
+        waiting, seen, found = [number], set[int](), set[int]()
+        while waiting:
+            each = waiting.pop()
+            if each in seen:
+                continue
+            seen.add(each)
+            if each == start or effective_part(self.program[each]) == "map":
+                found.add(each)
+            else:
+                signals = self.program.signals(self.program[each])
+                waiting += [other for other in signals if other == start or self.program.depends(other, start)]
+        return found
 
     def gated(self, factors: Sequence[int]) -> list[int]:
         """The largest factors of a product, without gates: those that are computed from another factor."""

@@ -131,8 +131,8 @@ def attribute_restoration(modules: Iterable[nn.Module]) -> Callable[[], None]:
     tensors, numbers, flags and texts, also in containers, and parameters that it replaces.
 
     Left are objects of other classes, and containers that such were added to or taken from. Where a pass installs
-    hooks, as in transformers, or makes modules or parameters, so are flags and what goes with them, which may tell that
-    they are there.
+    hooks, as in transformers, replaces methods, or makes modules or parameters, so are flags and what goes with them,
+    which may tell that they are there.
     """
     modules = list(modules)
     before = [(module.__dict__, held_by(module)) for module in modules]
@@ -221,7 +221,13 @@ def put_back_attributes(
     tensors: Sequence[TensorValues],
 ) -> None:
     """Put back attributes and parameters, by the tables of their modules, and what containers and tensors held."""
-    built = count_parts(before) != parts
+    # a method that is replaced counts as what a pass installs
+    built = count_parts(before) != parts or any(
+        callable(new) and not isinstance(new, nn.Module) and held.get(name) is not new
+        for own, held in before
+        for name, new in own.items()
+        if name not in STANDARD
+    )
     for own, held in before:
         for name in [each for each in {**held, **own} if each not in STANDARD]:
             old, new = held.get(name, MISSING), own.get(name, MISSING)

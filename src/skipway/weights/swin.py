@@ -162,7 +162,7 @@ def table_differences(model: Swin, state: Mapping[str, Tensor], *, every: int = 
     config = model.config
     windows, learned = list(config.windows), list(config.learned_windows)
     for key, table in state.items():
-        number = re.search(r"\d+", key)
+        number = re.search(r"(?<![^.])\d+(?![^.])", key)  # the 2 of "swinv2" is no stage
         if number is None or not key.endswith(".relative_coords_table") or not uses_cosine_attention(model):
             continue
         stage = int(number[0]) // every
