@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -24,7 +24,7 @@ from skipway.surgery.block_axes import (
 )
 from skipway.surgery.checks import rounding_of
 from skipway.surgery.insertion_point import InsertionPoint
-from skipway.surgery.transaction import draw, write
+from skipway.surgery.transaction import draw, is_silent, write
 from skipway.surgery.verification import forward_hooks
 from skipway.tracing import Example, call_model, preserved_state
 from skipway.tracing.arguments import item_at
@@ -123,11 +123,7 @@ def awake(model: nn.Module) -> Iterator[None]:
     """Within it, parameters that are 0, or -1 as in gains of 1 + g, hold random values: what puts out 0 hides what it
     depends on.
     """
-    silent: Sequence[nn.Parameter] = [
-        each
-        for each in model.parameters()
-        if each.is_floating_point() and each.numel() and bool((each == 0).all() or (each == -1).all())
-    ]
+    silent = [each for each in model.parameters() if each.is_floating_point() and is_silent(each)]
     with restored([partial(write, each, each.detach().clone()) for each in silent]):
         for each in silent:
             draw(each, len(silent))

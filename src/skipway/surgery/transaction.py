@@ -273,9 +273,7 @@ class Transaction:
         silent = [
             parameter
             for parameter in self.model.parameters()
-            if self.versions.get(parameter) != version_of(parameter)
-            and parameter.numel()
-            and bool((parameter == 0).all() or (parameter == -1).all())
+            if self.versions.get(parameter) != version_of(parameter) and is_silent(parameter)
         ]
         try:
             self.keep_values(silent)
@@ -367,6 +365,11 @@ def why_not_compared(model: nn.Module, example: Example | None) -> str | None:
         return "no example was given"
     tensors = (*model.parameters(), *model.buffers(), *tensors_in(example))
     return "the model is on the meta device" if any(tensor.is_meta for tensor in tensors) else None
+
+
+def is_silent(parameter: nn.Parameter) -> bool:
+    """Whether a parameter is 0, or -1 as in gains of 1 + g: what it makes puts out 0."""
+    return parameter.numel() > 0 and bool((parameter == 0).all() or (parameter == -1).all())
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from skipway.tracing.containers import ATOMS, CLOSED, map_tensors, parts_of, ten
 
 __all__ = [
     *("TensorValues", "attribute_restoration", "copy_module", "detach_attributes", "differing_state", "held_by"),
-    *("is_changed", "kept_tensors", "version_of", "write_values"),
+    *("is_changed", "kept_tensors", "version_of", "weights_of", "write_values"),
 ]
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from skipway.tracing.module_state import TensorValues, attribute_restoration, detach_attributes
+from skipway.tracing.module_state import TensorValues, attribute_restoration, detach_attributes, weights_of
 
 __all__ = [
     *("TRACELESS", "devices_in_use", "generator_devices", "generator_states", "own_tensors", "preserved_state"),
@@ -116,8 +116,7 @@ def random_states(model: nn.Module) -> Steps:
 
 def own_tensors(model: nn.Module) -> Iterator[Tensor]:
     """The parameters and buffers of a model, in one walk."""
-    for module in model.modules():
-        yield from (each for each in (*module._parameters.values(), *module._buffers.values()) if each is not None)
+    return weights_of(model.modules())
 
 
 def generator_devices(tensors: Iterable[Tensor]) -> list[torch.device]:
