@@ -85,7 +85,7 @@ def test_a_backend_that_keeps_a_path_needs_a_network_of_one_path(one_tensor):
     fixed = Net()
     fixed.before = lambda x: x * float(fixed.bias.sum() > 100)  # a value, but none of the input's
     assert optimize(fixed, X, backends="eager").backend == "eager"
-    assert [name for name, backend in BACKENDS.entries.items() if backend.keeps_path] == ["openvino", "eager"]
+    assert [name for name, backend in BACKENDS.entries.items() if backend.keeps_path] == ["openvino", "fused", "eager"]
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_not_a_number():
 @pytest.mark.parametrize(
     ("choices", "said"),
     [
-        ({"backends": []}, r"backends=\[\]: the rule is some of openvino, eager"),
+        ({"backends": []}, r"backends=\[\]: the rule is some of openvino, fused, eager"),
         ({"tolerance": -1.0}, "tolerance=-1.0: the rule is a number of at least 0"),
         ({"seconds": "60"}, "seconds='60': the rule is a number, seconds > 0"),
     ],

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from skipway.errors import MissingExtraError, SkipwayError
 from skipway.hardware.allocator import keep_memory
+from skipway.inference.fused_graph import fuse_graph
 from skipway.inference.inputs import describe_call
 from skipway.inference.onnx import CAST, export_onnx
 from skipway.inference.plain_operators import PlainOperators
@@ -246,6 +247,17 @@ def build_eager(model: nn.Module, example: Any, choice: Choice) -> Run:
     return run
 
 
+def build_fused(model: nn.Module, example: Tensor, choice: Choice) -> Run:
+    """The graph of the network's operators with what follows a product computed within it, see `fuse_graph`."""
+    graph = fuse_graph(prepare_model(model, choice), prepare_input(example, choice))
+
+    def run(x: Tensor) -> Any:
+        with torch.autocast("cpu", enabled=False):  # every operator was chosen for the types that it has
+            return run_prepared(graph, choice, x)
+
+    return run
+
+
 def build_inductor(model: nn.Module, example: Any, choice: Choice) -> Run:
     """torch's compiler with frozen weights; on a GPU with Skipway's kernels."""
     model = prepare_model(model, choice)
@@ -435,6 +447,7 @@ BACKENDS.add(
         build_quantized=build_openvino_quantized,
     ),
 )
+BACKENDS.add("fused", Backend(build_fused, devices=("cpu",), keeps_path=True, layouts=LAST, frozen=True, patience=4.0))
 BACKENDS.add("eager", Backend(build_eager, any_call=True, any_size=True, layouts=LAST, packs=True))
 BACKENDS.add("torch", Backend(build_torch, any_call=True, any_size=True, layouts=BOTH))
 BACKENDS.add("inductor", Backend(build_inductor, any_call=True, layouts=LAST, frozen=True, slow=True, patience=25.0))

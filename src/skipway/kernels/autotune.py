@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
@@ -32,8 +33,10 @@ __all__ = [
 ]
 
 REFERENCE = "reference"
-ROUNDS = 3
-"""Timed calls of each implementation; the fastest counts, since disturbances only ever add time."""
+ROUNDS, MOST_ROUNDS, SECONDS = 3, 10, 0.02
+"""Timed calls of each implementation: at least so many, at most so many, and more where they are brief until the
+reference alone has taken so long. They take turns, and the fastest counts, since disturbances only ever add time.
+"""
 
 # largest difference from the reference over its largest value, explained by rounding in another order; the coarsest
 # type among arguments and results counts, since float32 sums of values rounded to 16 bits differ as much
@@ -168,15 +171,17 @@ class Kernel:
         if not all(bool(each.isfinite().all()) for each in floating_tensors(expected)):
             return None
         allowed = max(TOLERANCE.get(each.dtype, 0.0) for each in floating_tensors((*arguments, expected)))
-        seconds, refused = {REFERENCE: fastest_call(reference, arguments)}, {}
+        candidates, refused = [reference], {}
         for each in others:
             try:
-                if problem := mismatch(each.compute(*arguments), expected, allowed):
-                    refused[each.name] = problem
-                    continue
-                seconds[each.name] = fastest_call(each, arguments)
+                problem = mismatch(each.compute(*arguments), expected, allowed)
             except Exception as error:  # compilers raise errors of their own; an implementation that fails is not used
-                refused[each.name] = str(error).partition("\n")[0]
+                problem = str(error).partition("\n")[0]
+            if problem is None:
+                candidates.append(each)
+            else:
+                refused[each.name] = problem
+        seconds = fastest_calls(candidates, arguments)
         return KernelChoice(self.name, min(seconds, key=seconds.__getitem__), seconds, refused)
 
 
@@ -237,9 +242,17 @@ def mismatch(result: Any, expected: Any, allowed: float) -> str | None:
     return None if bool(error <= allowed) else f"differs by {float(error):.1g} of the largest value"
 
 
-def fastest_call(implementation: Implementation, arguments: tuple[Any, ...]) -> float:
-    """Time a few calls and return the shortest time."""
-    return min(seconds_of_call(implementation, arguments) for _ in range(ROUNDS))
+def fastest_calls(candidates: Sequence[Implementation], arguments: tuple[Any, ...]) -> dict[str, float]:
+    """Time calls of implementations in turn, the reference first, and return the shortest time of each."""
+    seconds: dict[str, float] = {}
+    spent = 0.0
+    for turn in range(MOST_ROUNDS):
+        for each in candidates:
+            seconds[each.name] = min(seconds_of_call(each, arguments), seconds.get(each.name, math.inf))
+        spent += seconds[candidates[0].name]
+        if turn + 1 >= ROUNDS and spent >= SECONDS:
+            break
+    return seconds
 
 
 def seconds_of_call(implementation: Implementation, arguments: tuple[Any, ...]) -> float:

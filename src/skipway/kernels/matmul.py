@@ -56,9 +56,11 @@ linear_forward = add_kernel(
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A weight in oneDNN's order for products; equal to every other, so that kernels choose once for all of them."""
+    """A weight in oneDNN's order for products, None where there is no such order; equal to every other, so that kernels
+    choose once for all of them.
+    """
 
-    weight: Tensor = field(compare=False)
+    weight: Tensor | None = field(compare=False)
 
 
 def pack_weight(weight: Tensor, rows: int) -> Tensor | None:

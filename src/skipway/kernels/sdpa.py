@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from skipway.errors import SkipwayError
 from skipway.kernels.autotune import REFERENCE, Implementation, add_kernel, enabled, restricted
 from skipway.kernels.cast import at_least_float32, to_autocast
+from skipway.kernels.native import attention_by_tiles, takes_tiles
 from skipway.kernels.onednn import supports_onednn_matmul, with_onednn_matmul
 from skipway.kernels.operator import Operator
 
@@ -145,6 +146,7 @@ attention_forward = add_kernel(
     attention_reference,
     Implementation("blocks", attention_in_blocks, attends_on_cpu),
     Implementation("onednn", with_onednn_matmul(attention_in_blocks), exact_in_onednn),
+    Implementation("tiles", attention_by_tiles, takes_tiles),
     rough=ROUGH,
 )
 

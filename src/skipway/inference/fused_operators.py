@@ -1,0 +1,114 @@
+"""Operators of a fused graph, each computed by the fastest implementation of its kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from skipway.kernels.autotune import REFERENCE, Kernel
+from skipway.kernels.epilogue import Epilogue, product_of_patches
+from skipway.kernels.layer_norm import layer_norm
+from skipway.kernels.matmul import PackedWeight
+from skipway.kernels.sdpa import attention_forward
+
+__all__ = ["FusedAttention", "FusedNorm", "FusedProduct", "Measured"]
+
+
+class Measured(nn.Module):
+    """An operator that is computed by the fastest implementation of a kernel, chosen in its first call.
+
+    Args:
+        kernel: the kernel.
+    """
+
+    def __init__(self, kernel: Kernel) -> None:
+        super().__init__()
+        self.kernel = kernel
+        self.compute: Callable[..., Any] | None = None
+
+    def call(self, *arguments: Any) -> Any:
+        """Call the kernel's fastest implementation."""
+        if self.compute is None:
+            self.compute = self.kernel.select(*arguments).compute
+        return self.compute(*arguments)
+
+
+class FusedProduct(Measured):
+    """A linear map or convolution with its epilogue.
+
+    Args:
+        kernel: `product_of_linear` or `product_of_patches`.
+        weight: of the product, (outputs, ...).
+        bias: of the product, or None.
+        pack: brings a weight into oneDNN's order.
+        details: what the kernel takes between the epilogue and the packed weight.
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        weight: Tensor,
+        bias: Tensor | None,
+        pack: Callable[[Tensor], PackedWeight],
+        *details: Any,
+    ) -> None:
+        super().__init__(kernel)
+        self.weight: Tensor | None = weight
+        self.bias, self.details, self.pack = bias, details, pack
+        self.packed = PackedWeight(None)
+        self.epilogue = Epilogue()
+
+    @property
+    def of_patches(self) -> bool:
+        """Whether it is a convolution, whose channels are the second axis; those of a linear map are the last."""
+        return self.kernel is product_of_patches
+
+    def scale_outputs(self, scale: Tensor | None, shift: Tensor | None) -> None:
+        """Let the product compute what a factor and a summand for each of its outputs follow."""
+        assert self.weight is not None
+        weight, bias = (None if each is None else each.detach().float() for each in (self.weight, self.bias))
+        if scale is not None:
+            weight = weight * scale.float().view(-1, *(1,) * (weight.ndim - 1))  # type: ignore[union-attr]
+            bias = None if bias is None else bias * scale.float()
+        if shift is not None:
+            bias = shift.float() if bias is None else bias + shift.float()
+        dtype = self.weight.dtype
+        self.weight = nn.Parameter(weight.to(self.weight), requires_grad=False)  # type: ignore[union-attr]
+        self.bias = None if bias is None else nn.Parameter(bias.to(dtype).contiguous(), requires_grad=False)
+
+    def settle(self) -> None:
+        """Release the weight in the order that the chosen implementation does not read."""
+        if self.compute is self.kernel.implementation(REFERENCE).compute:
+            self.packed = PackedWeight(None)
+        else:
+            self.weight = None
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        if self.compute is None:
+            assert self.weight is not None
+            self.packed = self.pack(self.weight.detach())
+        return self.call(x, self.weight, self.bias, other, self.epilogue, *self.details, self.packed)
+
+
+class FusedNorm(Measured):
+    """Layer norm over the last axis."""
+
+    def __init__(self, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
+        super().__init__(layer_norm)
+        self.weight, self.bias, self.eps = weight, bias, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(x, self.weight, self.bias, self.eps)
+
+
+class FusedAttention(Measured):
+    """softmax(q kᵀ / √d + B) v; B (W, heads, T, S) holds for image n the bias n modulo W."""
+
+    def __init__(self, bias: Tensor | None) -> None:
+        super().__init__(attention_forward)
+        self.bias = bias
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.call(q, k, v, self.bias, False, False)[0]

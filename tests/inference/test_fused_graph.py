@@ -1,0 +1,288 @@
+"""The fused graph of a network: the same outputs, and what has become part of a product."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import skipway as sw
+from skipway import kernels
+from skipway.inference import optimize
+from skipway.inference.fused_graph import bias_of, fuse_graph
+from skipway.inference.fused_operators import FusedAttention, FusedNorm, FusedProduct
+
+VIEWS = {"reshape", "permute", "transpose", "getitem", "unbind", "select", "slice", "expand", "unsqueeze"}
+
+
+def left(graph):
+    """Names of the operators that are no modules and compute something."""
+    names = [
+        getattr(each.target, "__name__", str(each.target)) for each in graph.graph.nodes if each.op == "call_function"
+    ]
+    return [name.partition(".")[0] for name in names if name.partition(".")[0] not in VIEWS]
+
+
+def epilogues(graph):
+    return [str(each.epilogue.joined or (each.epilogue.activation and each.epilogue.activation.name))
+            for each in graph.modules() if isinstance(each, FusedProduct)]  # fmt: skip
+
+
+@torch.no_grad()
+def fused(model, *shape, dtype=torch.float32, tolerance=1e-5):
+    """The graph of a model, which agrees with it on two inputs."""
+    torch.manual_seed(1)
+    x = torch.randn(*shape, dtype=dtype)
+    expected = copy.deepcopy(model).eval()
+    graph = fuse_graph(copy.deepcopy(model).eval(), x)
+    for each in (x, torch.randn_like(x)):
+        y = expected(each)
+        assert (graph(each) - y).abs().max() <= tolerance * y.abs().max()
+    return graph
+
+
+class Wrapped(nn.Module):
+    """A function of modules."""
+
+    def __init__(self, function, **parts):
+        super().__init__()
+        self.function = function
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def trained(norm):
+    """A norm with statistics and an affine that are not those it begins with."""
+    for each in (norm.weight, norm.bias, norm.running_mean):
+        nn.init.normal_(each)
+    nn.init.uniform_(norm.running_var, 0.5, 2)
+    return norm
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("resnet8", {}),
+        ("vit-tiny-16", {"depth": 2, "image": 32}),
+        ("convnext-atto", {"depth": 4}),
+        ("swin-tiny", {"depth": 8, "dim": 24}),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_families_agree(name, options, dtype):
+    torch.manual_seed(0)
+    model = sw.build(name, classes=5, **options).eval()
+    size = 32 if "image" in options or name == "resnet8" else 224
+    x = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        expected = model(x)
+        graph = fuse_graph(copy.deepcopy(model).to(dtype), x.to(dtype))
+        off = (graph(x.to(dtype)).float() - expected).abs().max() / expected.abs().max()
+    assert off <= {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    assert not {"batch_norm", "relu", "gelu", "layer_norm", "linear", "conv2d", "scaled_dot_product_attention"} & set(
+        left(graph)
+    )
+
+
+def test_norms_and_activations_of_convolutions():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), trained(nn.BatchNorm2d(8)), nn.SiLU(), nn.Conv2d(8, 4, 1, groups=4)
+    )
+    graph = fused(model, 2, 3, 9, 9)
+    assert left(graph) == []
+    assert epilogues(graph) == ["swish", "None"]
+
+
+def test_a_norm_without_affine_and_one_of_features():
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5, affine=False), nn.Hardtanh(-2, 1), nn.Linear(5, 2))
+    nn.init.normal_(model[1].running_mean)
+    assert left(fused(model, 4, 6)) == []
+
+
+def test_norms_over_another_axis_than_the_outputs_stay():
+    model = nn.Sequential(nn.Linear(6, 6), trained(nn.BatchNorm1d(6)))
+    assert "_native_batch_norm_legit_no_training" in left(fused(model, 4, 6, 6))
+
+
+def test_the_end_of_a_bottleneck():
+    parts = {"conv": nn.Conv2d(4, 4, 3, padding=1, bias=False), "norm": trained(nn.BatchNorm2d(4))}
+    model = Wrapped(lambda self, x: F.relu(x + self.norm(self.conv(x))), **parts)
+    graph = fused(model, 2, 4, 6, 6)
+    assert left(graph) == []
+    assert [each.epilogue.activation.name for each in graph.children()] == ["relu"]
+
+
+def test_of_two_products_the_later_one_adds():
+    model = Wrapped(
+        lambda self, x: self.first(x) + self.second(self.first(x)), first=nn.Linear(4, 4), second=nn.Linear(4, 4)
+    )
+    graph = fused(model, 3, 4)
+    assert left(graph) == []
+    assert sorted(epilogues(graph)) == ["None", "None", "add"]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda self, x: self.map(x) * self.map(x),
+        lambda self, x: (y := self.map(x)) * y,
+        lambda self, x: F.gelu(y := self.map(x)) + y,
+        lambda self, x: torch.add(x, self.map(x), alpha=2),
+        lambda self, x: self.map(x) + torch.ones(1, 3, 1),
+        lambda self, x: self.map(x) + x[:1],
+        lambda self, x: self.map(x) * 2 + 1,
+        lambda self, x: self.map(self.map(x).relu_()).mul_(x),
+        lambda self, x: self.map(x) - x,
+        lambda self, x: torch.stack([self.map(x), x]).sum(0),
+    ],
+)
+def test_what_is_used_twice_or_broadcast(function):
+    fused(Wrapped(function, map=nn.Linear(4, 4)), 2, 3, 4)
+
+
+def test_layer_scale_is_folded():
+    gamma = nn.Parameter(torch.randn(4))
+    model = Wrapped(lambda self, x: x + self.gamma * self.map(x), map=nn.Linear(4, 4), gamma=gamma)
+    graph = fused(model, 2, 3, 4)
+    assert left(graph) == []
+    assert epilogues(graph) == ["add"]
+
+
+def test_a_map_that_is_shared_keeps_the_scale_of_each_place():
+    parts = {"map": nn.Linear(4, 4), "gamma": nn.Parameter(torch.randn(4))}
+    assert left(fused(Wrapped(lambda self, x: self.map(self.gamma * self.map(x)), **parts), 2, 4)) == []
+
+
+def test_a_residual_whose_axes_are_moved():
+    parts = {"map": nn.Linear(4, 4), "norm": nn.LayerNorm(4)}
+    model = Wrapped(lambda self, x: x + self.map(self.norm(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2), **parts)
+    graph = fused(model, 2, 4, 5, 6)
+    assert left(graph) == []
+    assert epilogues(graph) == ["add"]
+    assert any(isinstance(each, FusedNorm) for each in graph.modules())
+
+
+def test_a_gate():
+    model = Wrapped(lambda self, x: F.silu(self.gate(x)) * self.up(x), gate=nn.Linear(4, 8), up=nn.Linear(4, 8))
+    graph = fused(model, 3, 4)
+    assert left(graph) == []
+    assert sorted(epilogues(graph)) == ["mul", "swish"]
+
+
+def test_idle_operators_and_constants():
+    parts = {"map": nn.Linear(4, 4), "drop": nn.Dropout(0.5), "table": nn.Parameter(torch.randn(5, 4))}
+    model = Wrapped(
+        lambda self, x: self.drop(self.map(x)).clone() + self.table[torch.arange(3)].cumsum(0) * torch.ones(3, 1),
+        **parts,
+    )
+    assert left(fused(model, 3, 4)) == ["add"] or left(fused(model, 3, 4)) == []
+
+
+def test_random_numbers_are_drawn_in_every_call():
+    graph = fuse_graph(Wrapped(lambda self, x: x + torch.rand(3)), torch.zeros(3))
+    with torch.no_grad():
+        assert not torch.equal(graph(torch.zeros(3)), graph(torch.zeros(3)))
+
+
+@pytest.mark.parametrize(
+    "function", [lambda self, x: self.table * 2, lambda self, x: x.clone(), lambda self, x: self.table]
+)
+def test_what_is_returned_may_be_written_into(function):
+    model = Wrapped(function, table=nn.Parameter(torch.ones(3)))
+    x = torch.ones(3)
+    with torch.no_grad():
+        graph = fuse_graph(model, x)
+        graph(x).zero_()
+        assert graph(x).count_nonzero() == 3
+
+
+@pytest.mark.parametrize("kind", ["none", "numbers", "truth", "windows", "head"])
+def test_attention(kind):
+    torch.manual_seed(0)
+    mask = {
+        "none": None,
+        "numbers": torch.randn(1, 1, 6, 6),
+        "truth": torch.rand(1, 2, 6, 6) > 0.3,
+        "windows": torch.randn(2, 2, 6, 6).repeat(2, 1, 1, 1),
+        "head": torch.randn(6, 6),
+    }[kind]
+
+    def attend(self, x):
+        q, k, v = self.map(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+
+    graph = fused(Wrapped(attend, map=nn.Linear(8, 24)), 4, 6, 8)
+    (attention,) = [each for each in graph.modules() if isinstance(each, FusedAttention)]
+    assert attention.bias is None or len(attention.bias) == (2 if kind == "windows" else 1)
+
+
+@pytest.mark.parametrize("options", [{"is_causal": True}, {"scale": 0.3}, {"enable_gqa": True}])
+def test_other_attention_is_left_to_torch(options):
+    def attend(self, x):
+        q, k, v = self.map(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v, **options)
+
+    assert "scaled_dot_product_attention" in left(fused(Wrapped(attend, map=nn.Linear(8, 24)), 4, 6, 8))
+
+
+def test_periods_of_a_bias():
+    windows = torch.randn(3, 1, 2, 2)
+    assert torch.equal(bias_of(windows.repeat(2, 1, 1, 1), (6, 1, 2, 2), torch.float32), windows)
+    mixed = torch.cat([windows, windows.flip(0)])
+    assert torch.equal(bias_of(mixed, (6, 1, 2, 2), torch.float32), mixed)
+
+
+def test_double_precision_is_left_to_torch():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 4, 2)).double()
+    assert fused(model, 2, 3, 4, 4, dtype=torch.float64, tolerance=1e-12) is not None
+
+
+def test_kernels_that_are_switched_off():
+    with kernels.off():
+        graph = fused(nn.Sequential(nn.Linear(4, 4), nn.GELU()), 2, 4)
+    (product,) = graph.children()
+    assert product.compute is product.kernel.implementation("reference").compute
+    assert product.weight is not None
+
+
+def test_weights_are_held_once():
+    with kernels.only("onednn"):
+        graph = fused(nn.Sequential(nn.Linear(64, 64), nn.GELU()), 64, 64)
+    assert sum(each.numel() for each in graph.parameters()) == 64  # the bias: the weight is packed
+
+
+def test_paths_that_depend_on_values_are_refused_with_the_reason():
+    model = Wrapped(lambda self, x: self.map(x) if x.sum() > 0 else x, map=nn.Linear(4, 4))
+    with pytest.raises(sw.SkipwayError, match="reads values of its input"):
+        optimize(model, torch.ones(2, 4), backends=["fused"], cache=False)
+
+
+def test_autocast_of_the_caller_changes_nothing():
+    torch.manual_seed(0)
+    model = sw.build("vit-tiny-16", depth=1, image=32, classes=5).eval()
+    x = torch.randn(2, 3, 32, 32)
+    fast = optimize(model, x, backends=["fused"], precisions="bfloat16", cache=False)
+    expected = fast(x)
+    with torch.autocast("cpu"):
+        assert torch.allclose(fast(x), expected)
+
+
+def test_optimize_gives_batches_of_any_size_and_saves(tmp_path):
+    torch.manual_seed(0)
+    model = sw.build("resnet8", classes=5).eval()
+    x = torch.randn(4, 3, 32, 32)
+    fast = optimize(model, x, backends=["fused"], cache=False)
+    fast.save(tmp_path / "fast.pt")
+    again = sw.load_optimized(tmp_path / "fast.pt")
+    more = torch.randn(7, 3, 32, 32)
+    with torch.no_grad():
+        for each in (fast, again):
+            assert each.backend == "fused"
+            assert torch.allclose(each(x), model(x), atol=1e-4)
+            assert torch.allclose(each(more), model(more), atol=1e-4)
