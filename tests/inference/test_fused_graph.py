@@ -13,7 +13,8 @@ import skipway as sw
 from skipway import kernels
 from skipway.inference import optimize
 from skipway.inference.fused_graph import bias_of, fuse_graph
-from skipway.inference.fused_operators import FusedAttention, FusedNorm, FusedProduct
+from skipway.inference.fused_operators import FusedAttention, FusedNorm, FusedPool, FusedProduct
+from skipway.kernels.epilogue import patches_in_place
 
 VIEWS = {"reshape", "permute", "transpose", "getitem", "unbind", "select", "slice", "expand", "unsqueeze"}
 
@@ -144,6 +145,48 @@ def test_of_two_products_the_later_one_adds():
 )
 def test_what_is_used_twice_or_broadcast(function):
     fused(Wrapped(function, map=nn.Linear(4, 4)), 2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("function", "overwritten"),
+    [
+        (lambda self, x: F.relu(self.first(x) + self.second(x)), 1),
+        (lambda self, x: x + self.first(x), 0),
+        (lambda self, x: (y := self.first(x)) * (y + self.second(y)), 0),
+        (lambda self, x: (y := self.first(x))[:1].sum() * (y + self.second(x)), 1),
+        (lambda self, x: ((y := self.first(x))[:1], F.relu(y + self.second(x)))[::-1], 0),
+        (lambda self, x: self.table + self.first(x), 0),
+        (lambda self, x: (y := self.first(x)).mT + self.second(y.mT), 0),
+        (lambda self, x: F.relu(self.second(x) + F.relu(self.first(x))).mT, 1),
+        (lambda self, x: F.relu(self.second(y := self.first(x)) + y), 0),
+    ],
+)
+def test_a_convolution_writes_over_what_it_adds_where_nobody_reads_it_afterwards(function, overwritten):
+    parts = {"first": nn.Conv2d(4, 4, 3, padding=1), "second": nn.Conv2d(4, 4, 3, padding=1)}
+    model = Wrapped(function, **parts, table=nn.Parameter(torch.randn(2, 4, 6, 6)))
+    x = torch.randn(2, 4, 6, 6)
+    with torch.no_grad(), kernels.only("onednn"):
+        graph = fuse_graph(copy.deepcopy(model), x)
+        products = [each for each in graph.modules() if isinstance(each, FusedProduct)]
+        assert sum(each.compute is patches_in_place for each in products) == overwritten
+        for _ in range(2):
+            given = x.clone()
+            for ours, theirs in zip(graph(given), model(x), strict=True):
+                assert torch.allclose(ours, theirs, atol=1e-5)
+            assert torch.equal(given, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "options", [(3, 2, 1), (2, None, 0), (3, 1, 0), ((3, 2), 1, 0), (3, 2, 1, 1, False, True), (3, 1, 1, 2)]
+)
+def test_max_pooling(options, dtype):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.MaxPool2d(*options))
+    graph = fused(
+        model.to(dtype), 2, 3, 9, 8, dtype=dtype, tolerance={torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    )
+    square = options in [(3, 2, 1), (2, None, 0), (3, 1, 0)]
+    assert any(isinstance(each, FusedPool) for each in graph.modules()) == square
 
 
 def test_layer_scale_is_folded():

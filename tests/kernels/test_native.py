@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import sys
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from skipway.hardware.processor import cpu_flags, has_amx
 from skipway.kernels import native
 from skipway.kernels.epilogue import (
     FUNCTIONS,
@@ -20,11 +22,22 @@ from skipway.kernels.epilogue import (
     product_of_patches,
 )
 from skipway.kernels.layer_norm import layer_norm
-from skipway.kernels.native import attention_by_tiles, has_native, native_layer_norm, takes_tiles
+from skipway.kernels.native import (
+    attention_by_tiles,
+    has_native,
+    native_depthwise,
+    native_gelu_,
+    native_layer_norm,
+    native_max_pool,
+    takes_depthwise,
+    takes_max_pool,
+    takes_tiles,
+)
 from skipway.kernels.sdpa import attention_forward
 
 NAN, INF = float("nan"), float("inf")
 compiled = pytest.mark.skipif(native.library() is None, reason="no C compiler")
+vectors = pytest.mark.skipif(native.library() is None or native.library().gelu is None, reason="no AVX512-BF16")
 tiles = pytest.mark.skipif(
     native.library() is None or native.library().attention is None, reason="no matrix units (AMX)"
 )
@@ -56,6 +69,77 @@ def test_layer_norm_of_a_row_that_is_not_finite_is_nan_and_the_others_stay(value
     ours = native_layer_norm(x, torch.ones(64), torch.zeros(64), 1e-5)
     assert ours[1].isnan().all()
     assert ours[[0, 2]].isfinite().all()
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="compilers of other systems know other options")
+def test_where_there_is_a_compiler_it_builds():
+    found = native.library()
+    assert found is not None
+    assert (found.gelu is not None) == ("avx512_bf16" in cpu_flags())
+    assert (found.attention is not None) == has_amx()
+
+
+@vectors
+@pytest.mark.parametrize("threads", [1, 2])
+def test_gelu(threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    x = every[every.isfinite()][:-3]  # a size that no vector divides
+    expected = F.gelu(x.double())
+    ours = native_gelu_(x.clone()).double()
+    rounding = expected.abs() * 2**-8
+    assert ((ours - expected).abs() <= rounding + 1e-4).all()
+    for value in (NAN, INF):
+        assert str(native_gelu_(torch.tensor([value]).bfloat16()).item()) == str(value)
+
+
+@vectors
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("images", "channels", "height", "width", "side"),
+    [(2, 16, 8, 14, 7), (1, 20, 11, 9, 5), (3, 40, 1, 30, 3), (1, 3, 2, 1, 7), (2, 32, 7, 7, 7)],
+)
+@pytest.mark.parametrize("biased", [True, False])
+def test_depthwise_convolutions(images, channels, height, width, side, biased, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    torch.manual_seed(0)
+    x = torch.randn(images, channels, height, width).bfloat16().contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(channels, 1, side, side).bfloat16()
+    bias = torch.randn(channels).bfloat16() if biased else None
+    assert takes_depthwise(x, weight, bias, (1, 1), (side // 2, side // 2))
+    wide = None if bias is None else bias.double()
+    expected = F.conv2d(x.double(), weight.double(), wide, padding=side // 2, groups=channels)
+    ours = native_depthwise(x, weight, bias)
+    assert ours.stride() == x.stride()
+    assert ((ours.double() - expected).abs() <= 2**-8 * expected.abs() + 1e-4).all()
+
+
+@vectors
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("side", "stride", "padding"), [(3, 2, 1), (2, 2, 0), (3, 1, 1), (5, 3, 2), (1, 1, 0)])
+def test_max_pooling_is_that_of_torch_nan_and_all(side, stride, padding, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    x = torch.randn(2, 20, 9, 7).bfloat16().contiguous(memory_format=torch.channels_last)
+    x[0, 3, 4, 5], x[1, 2, 3, 4], x[1, 7] = NAN, INF, -INF
+    assert takes_max_pool(x, side, stride, padding)
+    ours, theirs = native_max_pool(x, side, stride, padding), F.max_pool2d(x, side, stride, padding)
+    assert torch.equal(ours.nan_to_num(9.0), theirs.nan_to_num(9.0))
+    assert ours.stride() == theirs.stride()
+
+
+@vectors
+@pytest.mark.parametrize(
+    ("channels", "side", "stride", "padding"),
+    [(8, 3, (2, 2), (1, 1)), (8, 3, (1, 1), (0, 0)), (8, 9, (1, 1), (4, 4)), (4, 3, (1, 1), (1, 1))],
+)
+def test_convolutions_that_are_not_ours(channels, side, stride, padding):
+    x = torch.randn(1, 8, 10, 10).bfloat16().contiguous(memory_format=torch.channels_last)
+    assert not takes_depthwise(x, torch.randn(channels, 1, side, side).bfloat16(), None, stride, padding)
+    plain = torch.randn(8, 1, 3, 3).bfloat16()
+    assert not takes_depthwise(x.contiguous(), plain, None, (1, 1), (1, 1))
+    assert not takes_depthwise(x, plain, torch.zeros(8), (1, 1), (1, 1))
+    assert takes_depthwise(x, plain, None, (1, 1), (1, 1))
 
 
 def test_without_a_compiler_torch_computes(monkeypatch):
@@ -185,13 +269,13 @@ def test_linear_maps_with_epilogues(epilogue, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("epilogue", [*EPILOGUES, Epilogue("add", Activation("relu"))], ids=str)
-@pytest.mark.parametrize("groups", [1, 8])
-def test_convolutions_with_epilogues(epilogue, dtype, groups):
+@pytest.mark.parametrize(("groups", "side"), [(1, 3), (8, 3), (1, 1)])
+def test_convolutions_with_epilogues(epilogue, dtype, groups, side):
     torch.manual_seed(0)
     x = torch.randn(2, 8, 6, 5).to(dtype).contiguous(memory_format=torch.channels_last)
-    weight, bias = torch.randn(8, 8 // groups, 3, 3).to(dtype), torch.randn(8).to(dtype)
-    geometry = Geometry((2, 1), (1, 1), (1, 1), groups)
-    other = torch.randn(2, 8, 3, 5).to(dtype) if epilogue.joined else None
+    weight, bias = torch.randn(8, 8 // groups, side, side).to(dtype), torch.randn(8).to(dtype)
+    geometry = Geometry((2, 1) if side == 3 else (1, 1), (side // 2, side // 2), (1, 1), groups)
+    other = torch.randn(2, 8, 3 if side == 3 else 6, 5).to(dtype) if epilogue.joined else None
     packed = pack_convolution(weight, geometry, x.shape)
     if groups > 1 and epilogue.joined and epilogue.activation and dtype is torch.bfloat16:
         pytest.skip("torch fails there, so that it is refused where it is measured")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from skipway.inference.fused_operators import FusedAttention, FusedNorm, FusedProduct
+from skipway.inference.fused_operators import FusedAttention, FusedNorm, FusedPool, FusedProduct
 from skipway.kernels.epilogue import (
     Activation,
     Epilogue,
@@ -103,6 +103,7 @@ class GraphBuilder:
         self.absorb_activations()
         self.absorb_joins()
         self.simplify()
+        self.find_last_uses()
         self.graph.lint()
         self.network.recompile()
 
@@ -277,6 +278,34 @@ class GraphBuilder:
         if product.of_patches and len(following) == 1 and following[0].target in ACTIVATIONS:
             self.absorb_activation(product, following[0])
 
+    def find_last_uses(self) -> None:
+        """Let convolutions write over the tensors that they add where nothing later reads these or a view of them."""
+        order = {node: at for at, node in enumerate(self.graph.nodes)}
+        root: dict[Any, fx.Node] = {}
+        last: dict[fx.Node, int] = {}
+        for node, at in order.items():
+            viewed = views_of(node)
+            root[node] = root[viewed[0]] if viewed else node
+            for each in node.all_input_nodes:
+                last[root[each]] = len(order) if len(viewed) > 1 else at
+        for node, at in order.items():
+            product = self.network.get_submodule(str(node.target)) if node.op == "call_module" else None
+            if isinstance(product, FusedProduct) and product.of_patches and product.epilogue.joined == "add":
+                x, other = node.args
+                fresh = root[other] is other and other.op == "call_module"  # type: ignore[union-attr]
+                product.overwrites = fresh and last[root[other]] == at and root[x] is not other
+
+
+def views_of(node: fx.Node) -> list[fx.Node]:
+    """The arguments that a call may return, or views of which; none where it returns something new."""
+    if node.op != "call_function":
+        return []
+    schema = getattr(node.target, "_schema", None)
+    if schema is None and node.target is not operator.getitem:
+        return node.all_input_nodes
+    fresh = schema is not None and not any(each.alias_info for each in schema.returns)
+    return [] if fresh and node.target is not aten.reshape.default else node.all_input_nodes[:1]
+
 
 def is_random(target: Any) -> bool:
     """Whether an operator draws random numbers."""
@@ -450,10 +479,21 @@ def bias_of(mask: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return whole[:period].contiguous()
 
 
+def replace_pool(builder: GraphBuilder, node: fx.Node, given: dict[str, Any]) -> Replacement:
+    """Max-pooling over square windows."""
+    window, padding = two_of(given["kernel_size"]), two_of(given["padding"])
+    stride = two_of(given["stride"]) or window
+    plain = not given["ceil_mode"] and set(given["dilation"]) == {1} and given["self"].meta["val"].ndim == 4
+    if not plain or any(len(set(sides)) != 1 for sides in (window, stride, padding)):
+        return None, ()
+    return FusedPool(window[0], stride[0], padding[0]), (given["self"],)
+
+
 REPLACED: dict[Any, Callable[[GraphBuilder, fx.Node, dict[str, Any]], Replacement]] = {
     aten.linear.default: replace_linear,
     aten.conv2d.default: replace_convolution,
     aten.layer_norm.default: replace_norm,
+    aten.max_pool2d.default: replace_pool,
     aten.scaled_dot_product_attention.default: replace_attention,
 }
 """Operators that modules take the places of."""

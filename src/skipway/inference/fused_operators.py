@@ -8,12 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from skipway.kernels.autotune import REFERENCE, Kernel
-from skipway.kernels.epilogue import Epilogue, product_of_patches
+from skipway.kernels.epilogue import Epilogue, PackedPatches, patches_in_one, patches_in_place, product_of_patches
 from skipway.kernels.layer_norm import layer_norm
 from skipway.kernels.matmul import PackedWeight
+from skipway.kernels.max_pool import max_pool
 from skipway.kernels.sdpa import attention_forward
 
-__all__ = ["FusedAttention", "FusedNorm", "FusedProduct", "Measured"]
+__all__ = ["FusedAttention", "FusedNorm", "FusedPool", "FusedProduct", "Measured"]
 
 
 class Measured(nn.Module):
@@ -44,6 +45,8 @@ class FusedProduct(Measured):
         bias: of the product, or None.
         pack: brings a weight into oneDNN's order.
         details: what the kernel takes between the epilogue and the packed weight.
+
+    `overwrites` says that nobody needs the tensor that it adds afterwards.
     """
 
     def __init__(
@@ -51,14 +54,15 @@ class FusedProduct(Measured):
         kernel: Kernel,
         weight: Tensor,
         bias: Tensor | None,
-        pack: Callable[[Tensor], PackedWeight],
+        pack: Callable[[Tensor], PackedWeight | PackedPatches],
         *details: Any,
     ) -> None:
         super().__init__(kernel)
         self.weight: Tensor | None = weight
         self.bias, self.details, self.pack = bias, details, pack
-        self.packed = PackedWeight(None)
+        self.packed: PackedWeight | PackedPatches = PackedWeight(None)
         self.epilogue = Epilogue()
+        self.overwrites = False
 
     @property
     def of_patches(self) -> bool:
@@ -79,11 +83,19 @@ class FusedProduct(Measured):
         self.bias = None if bias is None else nn.Parameter(bias.to(dtype).contiguous(), requires_grad=False)
 
     def settle(self) -> None:
-        """Release the weight in the order that the chosen implementation does not read."""
-        if self.compute is self.kernel.implementation(REFERENCE).compute:
+        """Release the weight in the orders that the chosen implementation does not read, and let a convolution write
+        over what it adds where it may.
+        """
+        chosen = next(each.name for each in self.kernel.implementations if each.compute is self.compute)
+        if isinstance(self.packed, PackedPatches):
+            kept = {"onednn": PackedPatches(self.packed.weight), "pixels": PackedPatches(rows=self.packed.rows)}
+            self.packed = kept.get(chosen, PackedPatches())
+        elif chosen == REFERENCE:
             self.packed = PackedWeight(None)
-        else:
+        if chosen not in (REFERENCE, "native"):
             self.weight = None
+        if self.overwrites and self.compute is patches_in_one:
+            self.compute = patches_in_place
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         if self.compute is None:
@@ -101,6 +113,17 @@ class FusedNorm(Measured):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.call(x, self.weight, self.bias, self.eps)
+
+
+class FusedPool(Measured):
+    """Max-pooling over square windows."""
+
+    def __init__(self, side: int, stride: int, padding: int) -> None:
+        super().__init__(max_pool)
+        self.sizes = side, stride, padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(x, *self.sizes)
 
 
 class FusedAttention(Measured):

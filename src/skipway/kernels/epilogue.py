@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,13 +12,22 @@ from torch.nn import functional as F
 
 from skipway.kernels.autotune import Implementation, add_kernel
 from skipway.kernels.matmul import PackedWeight, pack_weight
+from skipway.kernels.native import (
+    has_native_gelu,
+    native_depthwise,
+    native_gelu_,
+    takes_depthwise,
+)
 
 __all__ = [
     "Activation",
     "Epilogue",
     "Geometry",
+    "PackedPatches",
     "pack_convolution",
     "pack_linear",
+    "patches_in_one",
+    "patches_in_place",
     "product_of_linear",
     "product_of_patches",
 ]
@@ -59,6 +68,7 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "gelu": lambda x, algorithm: F.gelu(x, approximate=algorithm),
 }
 """Activations in torch, by oneDNN's names."""
+GELU = Activation("gelu", (), "none")
 JOINED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"add": torch.add, "mul": torch.mul}
 
 
@@ -95,6 +105,19 @@ class Geometry:
         return list(self.padding), list(self.stride), list(self.dilation), self.groups
 
 
+@dataclass(frozen=True)
+class PackedPatches:
+    """A kernel of a convolution in oneDNN's orders; equal to every other, as `PackedWeight` is.
+
+    Args:
+        weight: for convolutions; None where there is no such order.
+        rows: of a kernel of 1 × 1, for products with the pixels of a map in channels-last; None of another.
+    """
+
+    weight: Tensor | None = field(default=None, compare=False)
+    rows: Tensor | None = field(default=None, compare=False)
+
+
 def linear_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor | None, epilogue: Epilogue, packed: PackedWeight
 ) -> Tensor:
@@ -112,6 +135,20 @@ def linear_in_one(
     return operator(x, packed.weight, bias, *attributes_of(epilogue))
 
 
+def linear_then_gelu(
+    x: Tensor, weight: Any, bias: Tensor | None, other: Tensor | None, epilogue: Epilogue, packed: PackedWeight
+) -> Tensor:
+    """oneDNN's product, then GELU in place by a coarser and quicker function than oneDNN's."""
+    return native_gelu_(torch.ops.mkldnn._linear_pointwise(x, packed.weight, bias, "none", [], ""))
+
+
+def ends_in_gelu(
+    x: Tensor, weight: Any, bias: Tensor | None, other: Tensor | None, epilogue: Epilogue, packed: PackedWeight
+) -> bool:
+    """Whether GELU, and that alone, follows a product in bfloat16."""
+    return packed.weight is not None and epilogue == Epilogue(None, GELU) and has_native_gelu(x)
+
+
 def attributes_of(epilogue: Epilogue) -> tuple[str, list[float], str]:
     """An epilogue's activation as torch's fused operators take it."""
     return ("none", [], "") if epilogue.activation is None else epilogue.activation.attributes
@@ -127,6 +164,7 @@ product_of_linear = add_kernel(
     "linear with epilogue",
     linear_reference,
     Implementation("onednn", linear_in_one, fits_linear),
+    Implementation("gelu", linear_then_gelu, ends_in_gelu),
 )
 """activation(x Wᵀ + b, joined with another tensor), without gradients."""
 
@@ -138,7 +176,7 @@ def patches_reference(
     other: Tensor | None,
     epilogue: Epilogue,
     geometry: Geometry,
-    packed: PackedWeight,
+    packed: PackedPatches,
 ) -> Tensor:
     """The operators one after the other."""
     steps = geometry.stride, geometry.padding, geometry.dilation, geometry.groups
@@ -152,7 +190,7 @@ def patches_in_one(
     other: Tensor | None,
     epilogue: Epilogue,
     geometry: Geometry,
-    packed: PackedWeight,
+    packed: PackedPatches,
 ) -> Tensor:
     """One of oneDNN's operators."""
     operator, given = torch.ops.mkldnn._convolution_pointwise, (packed.weight, bias, *geometry.attributes)
@@ -162,10 +200,82 @@ def patches_in_one(
     return operator.binary(x, other, *given, epilogue.joined, 1.0, *unary)
 
 
+def patches_in_place(
+    x: Tensor,
+    weight: Any,
+    bias: Tensor | None,
+    other: Tensor,
+    epilogue: Epilogue,
+    geometry: Geometry,
+    packed: PackedPatches,
+) -> Tensor:
+    """`patches_in_one` where another tensor is added that nobody needs afterwards: the result is written over it."""
+    unary = (None, [], None) if epilogue.activation is None else epilogue.activation.attributes
+    operator = torch.ops.mkldnn._convolution_pointwise_
+    return operator.binary(other, x, packed.weight, bias, *geometry.attributes, epilogue.joined, 1.0, *unary)
+
+
+def pixel_by_pixel(
+    x: Tensor,
+    weight: Any,
+    bias: Tensor | None,
+    other: Tensor | None,
+    epilogue: Epilogue,
+    geometry: Geometry,
+    packed: PackedPatches,
+) -> Tensor:
+    """A convolution of 1 × 1 as a linear map of the pixels."""
+    rows = PackedWeight(packed.rows)
+    return linear_in_one(x.permute(0, 2, 3, 1), weight, bias, None, epilogue, rows).permute(0, 3, 1, 2)
+
+
+def fits_pixels(
+    x: Tensor,
+    weight: Any,
+    bias: Tensor | None,
+    other: Tensor | None,
+    epilogue: Epilogue,
+    geometry: Geometry,
+    packed: PackedPatches,
+) -> bool:
+    """Whether a convolution is a linear map of the pixels of a map in channels-last, to which nothing is added."""
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    return packed.rows is not None and last and epilogue.joined is None
+
+
+def channel_by_channel(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    other: Tensor | None,
+    epilogue: Epilogue,
+    geometry: Geometry,
+    packed: PackedPatches,
+) -> Tensor:
+    """Our depthwise convolution."""
+    return native_depthwise(x, weight, bias)
+
+
+def fits_depthwise(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    other: Tensor | None,
+    epilogue: Epilogue,
+    geometry: Geometry,
+    packed: PackedPatches,
+) -> bool:
+    """Whether our depthwise convolution computes it: nothing follows."""
+    plain = epilogue == Epilogue() and geometry.groups == x.shape[1] and set(geometry.dilation) == {1}
+    return plain and takes_depthwise(x, weight, bias, geometry.stride, geometry.padding)
+
+
 product_of_patches = add_kernel(
     "convolution with epilogue",
     patches_reference,
     Implementation("onednn", patches_in_one, lambda *given: given[-1].weight is not None),
+    Implementation("pixels", pixel_by_pixel, fits_pixels),
+    Implementation("native", channel_by_channel, fits_depthwise),
 )
 """activation(convolution of x, joined with another tensor), without gradients."""
 
@@ -175,11 +285,13 @@ def pack_linear(weight: Tensor, rows: int) -> PackedWeight:
     return PackedWeight(pack_weight(weight, rows))
 
 
-def pack_convolution(weight: Tensor, geometry: Geometry, size: torch.Size) -> PackedWeight:
-    """A kernel in oneDNN's order for images of a size (N, C, H, W); in none where it has no such order."""
+def pack_convolution(weight: Tensor, geometry: Geometry, size: torch.Size) -> PackedPatches:
+    """A kernel in oneDNN's orders for images of a size (N, C, H, W)."""
     padding, stride, dilation, groups = geometry.attributes
     try:
         packed = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups, list(size))
     except (AttributeError, NotImplementedError, RuntimeError):
         packed = None
-    return PackedWeight(packed)
+    pointwise = weight.shape[2:] == (1, 1) and groups == 1 and set(stride) == {1} and set(padding) == {0}
+    rows = pack_weight(weight.flatten(1), size.numel() // size[1]) if pointwise else None
+    return PackedPatches(packed, rows)

@@ -9,6 +9,14 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* The number of this thread within a parallel region. */
+#ifdef _OPENMP
+#include <omp.h>
+#define THREAD omp_get_thread_num()
+#else
+#define THREAD 0
+#endif
+
 static inline float widen(uint16_t half) {
     uint32_t bits = (uint32_t)half << 16;
     float value;
@@ -53,9 +61,185 @@ static inline float itself(float value) { return value; }
 LAYER_NORM(skipway_layer_norm_bfloat16, uint16_t, widen, narrow)
 LAYER_NORM(skipway_layer_norm_float32, float, itself, itself)
 
-#if defined(__linux__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512BW__)
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 
 #include <immintrin.h>
+
+#define LANES 16 /* float32 numbers of a vector */
+
+static inline __mmask16 first(int64_t count) { return count >= LANES ? 0xffff : count <= 0 ? 0 : (1 << count) - 1; }
+
+static inline __m512 load_wide(const uint16_t *from, __mmask16 mask) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16));
+}
+
+static inline void store_narrow(uint16_t *to, __mmask16 mask, __m512 value) {
+    _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(value));
+}
+
+/* Phi(t) - 1/2 = C[0] + C[1] t + C[2] t² for t >= 0, by least squares in sixteen segments of which the middles are
+   multiples of WIDTH; off by 4e-5 at most, and x Phi(x) by 1e-4. It is
+   1/2 in the last one. */
+#define WIDTH 0.28f
+static const float PHI[3][LANES] = {
+    {-5.66394335e-06f, -0.00109759126f, -0.00822117837f, -0.0185436779f, -0.0193897567f, 0.00405651032f,
+     0.0587890584f, 0.139344678f, 0.231011755f, 0.317458063f, 0.387342996f, 0.436732621f,
+     0.467633404f, 0.48489752f, 0.493564652f, 0.5f},
+    {0.399671307f, 0.412673728f, 0.446957043f, 0.477212156f, 0.479713671f, 0.443045266f,
+     0.372203852f, 0.283660587f, 0.196187383f, 0.123329045f, 0.0705959747f, 0.0368631432f,
+     0.0175875661f, 0.00767777901f, 0.00307052783f, 0.0f},
+    {-0.0139117905f, -0.0534493665f, -0.0950749592f, -0.117304144f, -0.118979008f, -0.104631111f,
+     -0.0816929731f, -0.0573503573f, -0.0364749405f, -0.0211190974f, -0.0111692144f, -0.00540837054f,
+     -0.00240196818f, -0.000979721256f, -0.000367384561f, 0.0f},
+};
+
+/* x Phi(x), where x may be any number */
+static inline __m512 gelu(__m512 x) {
+    const __m512 size = _mm512_abs_ps(x), bounded = _mm512_min_ps(_mm512_set1_ps(15 * WIDTH), size);
+    /* adding 1.5 * 2^23 rounds to a whole number, which is then in the lowest bits */
+    const __m512 at = _mm512_fmadd_ps(bounded, _mm512_set1_ps(1 / WIDTH), _mm512_set1_ps(12582912));
+    const __m512i segment = _mm512_castps_si512(at);
+    __m512 phi = _mm512_permutexvar_ps(segment, _mm512_loadu_ps(PHI[2]));
+    phi = _mm512_fmadd_ps(phi, bounded, _mm512_permutexvar_ps(segment, _mm512_loadu_ps(PHI[1])));
+    phi = _mm512_fmadd_ps(phi, bounded, _mm512_permutexvar_ps(segment, _mm512_loadu_ps(PHI[0])));
+    return _mm512_fmadd_ps(size, phi, _mm512_mul_ps(x, _mm512_set1_ps(0.5f)));
+}
+
+int skipway_has_vectors(void) { return 1; }
+
+#define CHUNK 4096
+
+/* x = x Phi(x) in place */
+void skipway_gelu(uint16_t *x, int64_t size, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (int64_t start = 0; start < size; start += CHUNK) {
+        uint16_t *from = x + start;
+        const int64_t count = size - start < CHUNK ? size - start : CHUNK, full = count / LANES * LANES;
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < full; i += LANES) store_narrow(from + i, 0xffff, gelu(load_wide(from + i, 0xffff)));
+        const __mmask16 mask = first(count - full);
+        store_narrow(from + full, mask, gelu(load_wide(from + full, mask)));
+    }
+}
+
+/* The larger number in each lane, NaN where one of them is */
+static inline __m512 larger(__m512 a, __m512 b) {
+    const __mmask16 unordered = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+    return _mm512_mask_mov_ps(_mm512_max_ps(a, b), unordered, a); /* max returns b where a or b is NaN */
+}
+
+/* y (images, down, across, channels) = the largest numbers of windows of x (images, height, width, channels), whose sides
+   are `side`, `stride` apart, the first one `before` outside of x. */
+void skipway_max_pool(const uint16_t *x, uint16_t *y, int64_t images, int64_t height, int64_t width, int64_t channels,
+                      int64_t down, int64_t across, int64_t side, int64_t stride, int64_t before, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (int64_t row = 0; row < images * down; row++) {
+        const uint16_t *plane = x + row / down * height * width * channels;
+        const int64_t top = row % down * stride - before;
+        for (int64_t column = 0; column < across; column++) {
+            const int64_t left = column * stride - before;
+            for (int64_t channel = 0; channel < channels; channel += LANES) {
+                const __mmask16 mask = first(channels - channel);
+                __m512 most = _mm512_set1_ps(-INFINITY);
+                for (int64_t at = top < 0 ? 0 : top; at < top + side && at < height; at++)
+                    for (int64_t to = left < 0 ? 0 : left; to < left + side && to < width; to++)
+                        most = larger(most, load_wide(plane + (at * width + to) * channels + channel, mask));
+                store_narrow(y + (row * across + column) * channels + channel, mask, most);
+            }
+        }
+    }
+}
+
+#define ACROSS 7 /* outputs at a time along a row: 56, 28, 14 and 7 are multiples of it */
+
+/* One row of outputs of 16 channels: rows[j] is input row y + j - side / 2 with side / 2 zeros before it. */
+static inline __attribute__((always_inline)) void convolve_row(const int side, const float *const *rows,
+                                                               const float *weight, __m512 bias, uint16_t *to,
+                                                               int64_t width, int64_t channels, __mmask16 mask) {
+    for (int64_t x = 0; x < width; x += ACROSS) {
+        __m512 sums[ACROSS];
+#pragma GCC unroll 7
+        for (int i = 0; i < ACROSS; i++) sums[i] = bias;
+        for (int row = 0; row < side; row++) {
+            const float *from = rows[row] + x * LANES, *kernel = weight + row * side * LANES;
+            __m512 factors[7];
+#pragma GCC unroll 7
+            for (int tap = 0; tap < side; tap++) factors[tap] = _mm512_load_ps(kernel + tap * LANES);
+#pragma GCC unroll 13
+            for (int at = 0; at < ACROSS + side - 1; at++) {
+                const __m512 value = _mm512_load_ps(from + at * LANES);
+#pragma GCC unroll 7
+                for (int tap = 0; tap < side; tap++)
+                    if (at - tap >= 0 && at - tap < ACROSS)
+                        sums[at - tap] = _mm512_fmadd_ps(value, factors[tap], sums[at - tap]);
+            }
+        }
+#pragma GCC unroll 7
+        for (int i = 0; i < ACROSS; i++)
+            if (x + i < width) store_narrow(to + (x + i) * channels, mask, sums[i]);
+    }
+}
+
+static inline __attribute__((always_inline)) void convolve_plane(const int side, const uint16_t *x,
+                                                                 const uint16_t *weight, const uint16_t *bias,
+                                                                 uint16_t *y, int64_t height, int64_t width,
+                                                                 int64_t channels, int64_t channel, float *memory) {
+    const int64_t padded = (width + ACROSS - 1) / ACROSS * ACROSS + side - 1;
+    const __mmask16 mask = first(channels - channel);
+    float *kernel = memory, *nothing = memory + side * side * LANES, *ring = nothing + padded * LANES;
+    memset(memory, 0, (side * side + padded * (side + 1)) * LANES * sizeof(float));
+    for (int64_t lane = 0; lane < LANES && channel + lane < channels; lane++)
+        for (int tap = 0; tap < side * side; tap++)
+            kernel[tap * LANES + lane] = widen(weight[(channel + lane) * side * side + tap]);
+    const __m512 shift = bias ? load_wide(bias + channel, mask) : _mm512_setzero_ps();
+    for (int64_t row = -(side / 2); row < height; row++) {
+        const int64_t next = row + side / 2; /* the input row that is read now */
+        if (next < height) {
+            float *to = ring + next % side * padded * LANES + side / 2 * LANES;
+            const uint16_t *from = x + next * width * channels + channel;
+            for (int64_t at = 0; at < width; at++)
+                _mm512_store_ps(to + at * LANES, load_wide(from + at * channels, mask));
+        }
+        if (row < 0) continue;
+        const float *rows[7];
+        for (int tap = 0; tap < side; tap++) {
+            const int64_t at = row + tap - side / 2;
+            rows[tap] = at < 0 || at >= height ? nothing : ring + at % side * padded * LANES;
+        }
+        convolve_row(side, rows, kernel, shift, y + row * width * channels + channel, width, channels, mask);
+    }
+}
+
+/* y = a depthwise convolution of x (images, height, width, channels) with kernels (channels, side, side), as large as x;
+   bias is NULL or one number for each channel, and side 3, 5 or 7. Returns 0, or 1 without memory. */
+int skipway_depthwise(const uint16_t *x, const uint16_t *weight, const uint16_t *bias, uint16_t *y, int64_t images,
+                      int64_t height, int64_t width, int64_t channels, int64_t side, int threads) {
+    const int64_t padded = (width + ACROSS - 1) / ACROSS * ACROSS + side - 1;
+    const int64_t groups = (channels + LANES - 1) / LANES, size = (side * side + padded * (side + 1)) * LANES;
+    float *memory = aligned_alloc(64, size * (threads > 1 ? threads : 1) * sizeof(float));
+    if (memory == NULL) return 1;
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (int64_t at = 0; at < images * groups; at++) {
+        const int64_t image = at / groups * height * width * channels, channel = at % groups * LANES;
+        float *mine = memory + size * THREAD;
+#define PLANE(side) \
+    convolve_plane(side, x + image, weight, bias, y + image, height, width, channels, channel, mine)
+        if (side == 7) PLANE(7);
+        else if (side == 5) PLANE(5);
+        else PLANE(3);
+    }
+    free(memory);
+    return 0;
+}
+
+#else
+
+int skipway_has_vectors(void) { return 0; }
+
+#endif
+
+#if defined(__linux__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512BW__)
+
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -83,12 +267,6 @@ static inline __m512 exponential(__m512 x) {
     value = _mm512_fmadd_ps(value, rest, _mm512_set1_ps(0.6931219696998596f));
     value = _mm512_fmadd_ps(value, rest, _mm512_set1_ps(0.9999991655349731f));
     return _mm512_scalef_ps(value, whole);
-}
-
-static inline __mmask16 first(int64_t count) { return count >= TILE ? 0xffff : count <= 0 ? 0 : (1 << count) - 1; }
-
-static inline __m512 load_wide(const uint16_t *from, __mmask16 mask) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16));
 }
 
 /* Keys as the second factor of q kᵀ: tiles of 16 pairs of dimensions by 16 keys, those of one group of keys together. */
@@ -191,14 +369,6 @@ static float weigh(float *x, const uint16_t *bias, float scale, int64_t keys, ui
     return top == -INFINITY ? 0 : 1 / _mm512_reduce_add_ps(sum);
 }
 
-/* The number of this thread within a parallel region. */
-#ifdef _OPENMP
-#include <omp.h>
-#define THREAD omp_get_thread_num()
-#else
-#define THREAD 0
-#endif
-
 /* out = softmax(scale q kᵀ + bias) v. q (images, heads, rows, dims) and k, v with `keys` in place of rows are given by
    their steps in numbers along the first three axes; out is (images, rows, heads, dims) without gaps, and bias (windows,
    heads, rows, keys), for image n the window n modulo `windows`, or NULL. dims is even. Returns 0, or 1 without memory. */
@@ -244,8 +414,7 @@ int skipway_attention(const uint16_t *q, const uint16_t *k, const uint16_t *v, c
                     for (int64_t dim = 0; dim < dims; dim += TILE) {
                         const __m512 sum = _mm512_load_ps(sums + row * depth + dim);
                         const __m512 x = _mm512_mul_ps(sum, _mm512_set1_ps(factors[row]));
-                        _mm256_mask_storeu_epi16(to + (top + row) * heads * dims + dim, first(dims - dim),
-                                                 (__m256i)_mm512_cvtneps_pbh(x));
+                        store_narrow(to + (top + row) * heads * dims + dim, first(dims - dim), x);
                     }
             }
         }

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,18 @@ from torch import Tensor
 
 from skipway.hardware.processor import has_amx
 
-__all__ = ["attention_by_tiles", "has_native", "native_layer_norm", "takes_tiles"]
+__all__ = [
+    "attention_by_tiles",
+    "has_native",
+    "has_native_gelu",
+    "native_depthwise",
+    "native_gelu_",
+    "native_layer_norm",
+    "native_max_pool",
+    "takes_depthwise",
+    "takes_max_pool",
+    "takes_tiles",
+]
 
 FLAGS = [
     *("-std=gnu11", "-O3", "-march=native", "-shared", "-fPIC"),
@@ -45,11 +56,17 @@ class Library:
 
     Args:
         layer_norms: by type.
+        gelu: None where the processor does not convert vectors to bfloat16.
+        depthwise: like `gelu`.
+        max_pool: like `gelu`.
         attention: None where the processor, or the system, has no tiles.
     """
 
     layer_norms: Mapping[torch.dtype, Callable[..., Any]]
-    attention: Callable[..., int] | None
+    gelu: Callable[..., None] | None = None
+    depthwise: Callable[..., int] | None = None
+    max_pool: Callable[..., None] | None = None
+    attention: Callable[..., int] | None = None
 
 
 @cache
@@ -86,10 +103,17 @@ def declare(found: ctypes.CDLL) -> Library:
     }
     for function in norms.values():
         function.argtypes, function.restype = [POINTER] * 4 + [COUNT, COUNT, ctypes.c_float, ctypes.c_int], None
+    if not found.skipway_has_vectors():
+        return Library(norms)
+    found.skipway_gelu.argtypes, found.skipway_gelu.restype = [POINTER, COUNT, ctypes.c_int], None
+    found.skipway_depthwise.argtypes = [POINTER] * 4 + [COUNT] * 5 + [ctypes.c_int]
+    found.skipway_max_pool.argtypes = [POINTER] * 2 + [COUNT] * 9 + [ctypes.c_int]
+    found.skipway_max_pool.restype = None
+    vectors = Library(norms, found.skipway_gelu, found.skipway_depthwise, found.skipway_max_pool)
     if not found.skipway_has_tiles():
-        return Library(norms, None)
+        return vectors
     found.skipway_attention.argtypes = [POINTER] * 6 + [COUNT] * 6 + [ctypes.c_float, ctypes.c_int]
-    return Library(norms, found.skipway_attention)
+    return replace(vectors, attention=found.skipway_attention)
 
 
 def has_native(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> bool:
@@ -105,6 +129,73 @@ def native_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Te
     assert found is not None
     pointers = (each.data_ptr() for each in (x, weight, bias, y))
     found.layer_norms[x.dtype](*pointers, x.numel() // size, size, eps, torch.get_num_threads())
+    return y
+
+
+def has_native_gelu(x: Tensor) -> bool:
+    """Whether `native_gelu_` computes GELU for a result of this type."""
+    found = library() if x.device.type == "cpu" and x.dtype == torch.bfloat16 else None
+    return found is not None and found.gelu is not None
+
+
+def native_gelu_(x: Tensor) -> Tensor:
+    """GELU of a contiguous tensor in bfloat16, in place, off by 1e-4 before it is rounded."""
+    found = library()
+    assert found is not None
+    assert found.gelu is not None
+    found.gelu(x.data_ptr(), x.numel(), torch.get_num_threads())
+    return x
+
+
+def takes_depthwise(x: Tensor, weight: Tensor | None, bias: Tensor | None, stride: Any, padding: Any) -> bool:
+    """Whether `native_depthwise` takes these arguments: bfloat16 in channels-last, a kernel of side 3, 5 or 7, and a
+    result as large as x.
+    """
+    tensors = [each for each in (x, weight, bias) if each is not None]
+    if weight is None or any(each.device.type != "cpu" or each.dtype != torch.bfloat16 for each in tensors):
+        return False
+    side = weight.shape[-1]
+    shaped = side in (3, 5, 7) and weight.shape == (x.shape[1], 1, side, side) and x.numel() > 0
+    if not shaped or set(stride) != {1} or set(padding) != {side // 2}:
+        return False
+    found = library() if x.is_contiguous(memory_format=torch.channels_last) else None
+    return found is not None and found.depthwise is not None
+
+
+def native_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A depthwise convolution in channels-last, its sums in float32."""
+    found, (images, channels, height, width), y = library(), x.shape, torch.empty_like(x)
+    assert found is not None
+    assert found.depthwise is not None
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+    failed = found.depthwise(
+        *(x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr()),
+        *(images, height, width, channels, weight.shape[-1]),
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError("no memory for rows of a convolution")
+    return y
+
+
+def takes_max_pool(x: Tensor, side: int, stride: int, padding: int) -> bool:
+    """Whether `native_max_pool` takes these arguments: bfloat16 in channels-last."""
+    if x.device.type != "cpu" or x.dtype != torch.bfloat16 or x.ndim != 4 or not x.numel():
+        return False
+    fits = padding <= side // 2 and side <= min(x.shape[-2:]) + 2 * padding
+    found = library() if fits and x.is_contiguous(memory_format=torch.channels_last) else None
+    return found is not None and found.max_pool is not None
+
+
+def native_max_pool(x: Tensor, side: int, stride: int, padding: int) -> Tensor:
+    """The largest numbers of square windows of images in channels-last."""
+    found, (images, channels, height, width) = library(), x.shape
+    assert found is not None
+    assert found.max_pool is not None
+    down, across = ((each + 2 * padding - side) // stride + 1 for each in (height, width))
+    y = torch.empty(images, channels, down, across, dtype=x.dtype, memory_format=torch.channels_last)
+    sizes = (images, height, width, channels, down, across, side, stride, padding)
+    found.max_pool(x.data_ptr(), y.data_ptr(), *sizes, torch.get_num_threads())
     return y
 
 
