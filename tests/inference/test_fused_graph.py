@@ -329,3 +329,22 @@ def test_optimize_gives_batches_of_any_size_and_saves(tmp_path):
             assert each.backend == "fused"
             assert torch.allclose(each(x), model(x), atol=1e-4)
             assert torch.allclose(each(more), model(more), atol=1e-4)
+
+
+def test_inputs_with_gaps():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 8)).eval()
+    fast = optimize(model, torch.randn(8, 16, 64), backends=["fused"], cache=False)
+    wide = torch.randn(8, 16, 128)
+    for x in (wide[..., ::2], wide[:, :, 64:], torch.randn(16, 8, 64).transpose(0, 1)):
+        with torch.no_grad():
+            assert torch.allclose(fast(x), model(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["fused", "eager"])
+def test_volumes(backend):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv3d(2, 4, 3), trained(nn.BatchNorm3d(4)), nn.ReLU(), nn.MaxPool3d(2)).eval()
+    x = torch.randn(2, 2, 6, 6, 6)
+    with torch.no_grad():
+        assert torch.allclose(optimize(model, x, backends=backend, cache=False)(x), model(x), atol=1e-5)

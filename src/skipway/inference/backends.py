@@ -177,9 +177,12 @@ class Backend:
 
 
 def prepare_model(model: nn.Module, choice: Choice) -> nn.Module:
-    """Cast the model, in place, to a precision and a layout; in float32 it keeps the type that it has."""
+    """Cast the model, in place, to a precision and a layout of images; in float32 it keeps the type that it has."""
     model = model if choice.precision == "float32" else model.to(dtype=PRECISIONS[choice.precision])
-    return model.to(memory_format=LAYOUTS[choice.layout])  # type: ignore[call-overload]
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.ndim == 4:  # channels-last is a layout of images alone, and volumes may be beside them
+            tensor.data = tensor.data.contiguous(memory_format=LAYOUTS[choice.layout])
+    return model
 
 
 def prepare_input(x: Any, choice: Choice) -> Any:
@@ -249,13 +252,19 @@ def build_eager(model: nn.Module, example: Any, choice: Choice) -> Run:
 
 def build_fused(model: nn.Module, example: Tensor, choice: Choice) -> Run:
     """The graph of the network's operators with what follows a product computed within it, see `fuse_graph`."""
-    graph = fuse_graph(prepare_model(model, choice), prepare_input(example, choice))
+    with torch.autocast("cpu", enabled=False):
+        graph = fuse_graph(prepare_model(model, choice), lay_out(prepare_input(example, choice)))
 
     def run(x: Tensor) -> Any:
         with torch.autocast("cpu", enabled=False):  # every operator was chosen for the types that it has
-            return run_prepared(graph, choice, x)
+            return run_prepared(graph, choice, lay_out(x))
 
     return run
+
+
+def lay_out(x: Tensor) -> Tensor:
+    """An input without gaps, as every operator of a graph was chosen for; images are laid out by the choice."""
+    return x if x.ndim == 4 else x.contiguous()
 
 
 def build_inductor(model: nn.Module, example: Any, choice: Choice) -> Run:

@@ -74,12 +74,12 @@ def fuse_graph(model: nn.Module, example: Tensor) -> fx.GraphModule:
         program = torch.export.export(model, (example,), strict=False).run_decompositions({})
         network = program.module(check_guards=False)
     GraphBuilder(network).build()
+    network.delete_all_unused_submodules()
     with torch.no_grad():
         network(example)  # every operator chooses its implementation
     for module in network.children():
         if isinstance(module, FusedProduct):
             module.settle()
-    network.delete_all_unused_submodules()
     return network
 
 

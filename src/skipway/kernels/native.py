@@ -124,7 +124,8 @@ def has_native(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
 
 def native_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Normalise the rows of a contiguous tensor, as `torch.nn.functional.layer_norm` does over the last axis."""
+    """Normalise the rows of a tensor, as `torch.nn.functional.layer_norm` does over the last axis."""
+    x = x.contiguous()
     found, size, y = library(), x.shape[-1], torch.empty_like(x)
     assert found is not None
     pointers = (each.data_ptr() for each in (x, weight, bias, y))
@@ -164,6 +165,7 @@ def takes_depthwise(x: Tensor, weight: Tensor | None, bias: Tensor | None, strid
 
 def native_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A depthwise convolution in channels-last, its sums in float32."""
+    x = x.contiguous(memory_format=torch.channels_last)
     found, (images, channels, height, width), y = library(), x.shape, torch.empty_like(x)
     assert found is not None
     assert found.depthwise is not None
@@ -189,6 +191,7 @@ def takes_max_pool(x: Tensor, side: int, stride: int, padding: int) -> bool:
 
 def native_max_pool(x: Tensor, side: int, stride: int, padding: int) -> Tensor:
     """The largest numbers of square windows of images in channels-last."""
+    x = x.contiguous(memory_format=torch.channels_last)
     found, (images, channels, height, width) = library(), x.shape
     assert found is not None
     assert found.max_pool is not None
