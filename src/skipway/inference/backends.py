@@ -253,16 +253,16 @@ def build_eager(model: nn.Module, example: Any, choice: Choice) -> Run:
 def build_fused(model: nn.Module, example: Tensor, choice: Choice) -> Run:
     """The graph of the network's operators with what follows a product computed within it, see `fuse_graph`."""
     with torch.autocast("cpu", enabled=False):
-        graph = fuse_graph(prepare_model(model, choice), lay_out(prepare_input(example, choice)))
+        graph = fuse_graph(prepare_model(model, choice), without_gaps(prepare_input(example, choice)))
 
     def run(x: Tensor) -> Any:
         with torch.autocast("cpu", enabled=False):  # every operator was chosen for the types that it has
-            return run_prepared(graph, choice, lay_out(x))
+            return run_prepared(graph, choice, without_gaps(x))
 
     return run
 
 
-def lay_out(x: Tensor) -> Tensor:
+def without_gaps(x: Tensor) -> Tensor:
     """An input without gaps, as every operator of a graph was chosen for; images are laid out by the choice."""
     return x if x.ndim == 4 else x.contiguous()
 
