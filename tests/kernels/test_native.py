@@ -76,8 +76,9 @@ def test_layer_norm_of_a_row_that_is_not_finite_is_nan_and_the_others_stay(value
 def test_where_there_is_a_compiler_it_builds():
     found = native.library()
     assert found is not None
-    assert (found.gelu is not None) == ("avx512_bf16" in cpu_flags())
-    assert (found.attention is not None) == has_amx()
+    # an old compiler does not know the instructions, and a system may not let a process have tiles
+    assert found.gelu is None or "avx512_bf16" in cpu_flags()
+    assert found.attention is None or has_amx()
 
 
 @vectors
