@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
@@ -20,6 +22,7 @@ from skipway.kernels import autotune, dense_conv, dispatch, onednn
 from skipway.kernels.autotune import KERNELS, Implementation, Kernel
 from skipway.kernels.dispatch import KernelMode, PackedKernelMode, bfloat16_kernels
 from skipway.kernels.epilogue import product_of_linear, product_of_patches
+from skipway.kernels.matmul import PackedWeight, pack_weight, packed_linear
 from skipway.surgery.acceleration import accelerate
 
 D = torch.float64
@@ -294,6 +297,36 @@ def test_autocast_ends_before_a_kernel():
         watched(torch.ones(2, 2))
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
     assert seen == [torch.float32]
+
+
+def test_an_implementation_that_fails_while_it_is_timed_is_refused():
+    calls = []
+
+    def compute(x):
+        calls.append(x)
+        if len(calls) > 2:
+            raise RuntimeError("no memory\nat all")
+        return x + x
+
+    kernel = Kernel("double", lambda x: x + x, Implementation("greedy", compute))
+    assert torch.equal(kernel(torch.ones(2)), torch.full((2,), 2.0))
+    (choice,) = kernel.chosen.values()
+    assert choice.implementation == "reference"
+    assert choice.refused == {"greedy": "no memory"}
+    assert list(choice.seconds) == ["reference"]
+
+
+def test_packed_weights_are_not_kept_by_the_kernel_that_was_measured_with_them():
+    held = [weakref.ref(weight := torch.randn(8, 8))]
+    x = torch.randn(4, 8)
+    packed_linear(x, weight, None, PackedWeight(packed := pack_weight(weight, 4)))
+    count = len(packed_linear.chosen)
+    held.append(weakref.ref(packed))
+    packed_linear(x, weight, None, PackedWeight(packed))
+    del weight, packed
+    gc.collect()
+    assert [each() for each in held] == [None, None]
+    assert len(packed_linear.chosen) == count
 
 
 def test_an_implementation_that_fails_is_refused():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -59,6 +60,21 @@ def test_layer_norm(dtype, shape, threads, monkeypatch):
     assert ours.dtype == dtype
     off = (theirs.double() - expected).abs().max()
     assert (ours.double() - expected).abs().max() <= 1.1 * off + 1e-5
+
+
+@compiled
+@pytest.mark.parametrize("first", [0.0, 1e3, 1e5])
+def test_layer_norm_of_a_row_with_an_outlier(first):
+    torch.manual_seed(0)
+    x = torch.randn(8, 4096)
+    x[:, 0] += first
+    weight, bias = torch.ones(4096), torch.zeros(4096)
+    expected = F.layer_norm(x.double(), (4096,))
+    off = [(norm(x, weight, bias) - expected).abs().max() for norm in (
+        lambda x, weight, bias: native_layer_norm(x, weight, bias, 1e-5),
+        lambda x, weight, bias: F.layer_norm(x, (4096,), weight, bias),
+    )]  # fmt: skip
+    assert off[0] <= max(2 * off[1], 2e-6 * expected.abs().max())
 
 
 @compiled
@@ -155,9 +171,25 @@ def test_without_a_compiler_torch_computes(monkeypatch):
 
 
 def test_a_compiler_that_fails_leaves_torch(monkeypatch):
-    monkeypatch.setenv("CC", "false")
+    monkeypatch.setattr(native, "compilers", lambda: [["false"], ["true"]])  # the second one writes nothing
     monkeypatch.setattr(native, "library", native.library.__wrapped__)
     assert native.library() is None
+
+
+@compiled
+@pytest.mark.parametrize("named", ["false", "env cc", "no-such-compiler --wrapped"])
+def test_a_compiler_of_the_environment_may_have_options_or_fail(named, monkeypatch):
+    monkeypatch.setenv("CC", named)
+    monkeypatch.setattr(native, "library", native.library.__wrapped__)
+    assert native.library() is not None
+
+
+def test_no_folder_to_build_in_leaves_torch(monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/no/such/folder")
+    monkeypatch.setattr(native, "library", native.library.__wrapped__)
+    x = torch.randn(4, 8)
+    assert native.library() is None
+    assert torch.equal(layer_norm(x, torch.ones(8), torch.zeros(8), 1e-5), F.layer_norm(x, (8,), eps=1e-5))
 
 
 def attention_in_double(q, k, v, bias=None):
@@ -170,15 +202,23 @@ def attention_in_double(q, k, v, bias=None):
 @tiles
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
-    ("images", "heads", "rows", "keys", "dims", "windows"),
-    [(2, 3, 197, 197, 64, 0), (4, 2, 49, 49, 32, 2), (1, 1, 1, 1, 2, 0), (2, 2, 33, 70, 24, 1), (3, 1, 16, 500, 80, 0)],
+    ("images", "heads", "rows", "keys", "dims", "biases"),
+    [
+        (2, 3, 197, 197, 64, None),
+        (4, 2, 49, 49, 32, (2, 2)),
+        (4, 3, 49, 49, 32, (2, 1)),
+        (1, 1, 1, 1, 2, None),
+        (2, 2, 33, 70, 24, (1, 2)),
+        (2, 2, 33, 70, 24, (1, 1)),
+        (3, 1, 16, 500, 80, None),
+    ],
 )
-def test_attention(images, heads, rows, keys, dims, windows, threads, monkeypatch):
+def test_attention(images, heads, rows, keys, dims, biases, threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     torch.manual_seed(0)
     q = torch.randn(images, rows, heads, dims).bfloat16().transpose(1, 2)
     k, v = torch.randn(images, keys, 2, heads, dims).bfloat16().permute(2, 0, 3, 1, 4)
-    bias = torch.randn(windows, heads, rows, keys).bfloat16() if windows else None
+    bias = torch.randn(*biases, rows, keys).bfloat16() if biases else None
     assert takes_tiles(q, k, v, bias, False, False)
     ours, kept = attention_by_tiles(q, k, v, bias, False, False)
     expected = attention_in_double(q, k, v, bias)
@@ -224,6 +264,7 @@ def test_attention_to_what_is_not_finite_is_not_finite(value):
         lambda q: {"bias": torch.zeros(1, 2, 8, 8)},
         lambda q: {"bias": torch.zeros(1, 2, 8, 9).bfloat16()},
         lambda q: {"bias": torch.zeros(3, 2, 8, 8).bfloat16()},
+        lambda q: {"bias": torch.zeros(1, 3, 8, 8).bfloat16()},
         lambda q: {"q": q.mT.contiguous().mT},
         lambda q: {"q": q[..., :3], "k": q[..., :3], "v": q[..., :3]},
     ],

@@ -286,7 +286,7 @@ class BackendComparison:
 
     def shares_state(self, choice: Choice) -> bool:
         """Whether threads that compute at once would write into one network: one thread may read what another wrote."""
-        return bool(self.written) and (choice.backend == ORIGINAL or BACKENDS[choice.backend].any_call)
+        return bool(self.written) and (choice.backend == ORIGINAL or BACKENDS[choice.backend].runs_python)
 
     @property
     def lost(self) -> str:
@@ -306,7 +306,7 @@ class BackendComparison:
         others = [*self.original.parameters(), *tensors_in(self.expected[0][1])]
         problem = backend.obstacle(self.example, choice, self.quantized is not None or self.refusal != "", others)
         refused = problem or (self.refusal if choice.precision == INT8 else "")
-        if not refused and not backend.any_call and self.whole:
+        if not refused and not backend.runs_python and self.whole:
             refused = self.lost
         if not refused and self.state and (backend.frozen or (backend.packs and self.writes_packed)):
             refused = f"{self.state}, and this backend makes constants of what a network holds; {WITHOUT_STATE}"

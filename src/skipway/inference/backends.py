@@ -27,7 +27,7 @@ from skipway.kernels.dispatch import PackedKernelMode
 from skipway.registry import Registry
 from skipway.surgery.acceleration import accelerate, is_routed
 from skipway.surgery.side_effects import copy_state
-from skipway.tracing.containers import tensors_in
+from skipway.tracing.containers import map_tensors, tensors_in
 
 if TYPE_CHECKING:
     from skipway.inference.quantization import QuantizedNetwork
@@ -113,8 +113,9 @@ class Backend:
         extra: extra of Skipway that installs them.
         precisions: supported ones.
         devices: supported types of device; all, where none is named.
-        any_call: whether it takes and returns what any network does, caches and mappings too. The others take one
-            tensor and return one, which comes back in the containers that the network returns it in.
+        any_call: whether it takes and returns what any network does, mappings too. The others take one tensor and
+            return one, which comes back in the containers that the network returns it in.
+        runs_python: whether calls run the network's Python, which may write into its arguments and call hooks.
         any_size: whether it runs tensors of other sizes than the example's as fast.
         keeps_path: whether it keeps the path through the code, and the values read there, that the example led to.
         layouts: names in `LAYOUTS` that are worth trying for images; the first one for everything else.
@@ -134,6 +135,7 @@ class Backend:
     precisions: tuple[str, ...] = tuple(PRECISIONS)
     devices: tuple[str, ...] = ()
     any_call: bool = False
+    runs_python: bool = False
     any_size: bool = False
     keeps_path: bool = False
     layouts: tuple[str, ...] = ("contiguous",)
@@ -230,7 +232,7 @@ def build_torch(model: nn.Module, example: Any, choice: Choice) -> Run:
     return partial(run_prepared, prepare_model(model, choice), choice)
 
 
-def run_prepared(model: Callable[..., Any], choice: Choice, *args: Any, **kwargs: Any) -> Any:
+def run_prepared(model: Callable[..., Any], choice: Choice, /, *args: Any, **kwargs: Any) -> Any:
     """Call a prepared model, with freed memory kept for the next call."""
     with keep_memory(release=False):
         return call_prepared(model, choice, args, kwargs)
@@ -250,21 +252,21 @@ def build_eager(model: nn.Module, example: Any, choice: Choice) -> Run:
     return run
 
 
-def build_fused(model: nn.Module, example: Tensor, choice: Choice) -> Run:
+def build_fused(model: nn.Module, example: Any, choice: Choice) -> Run:
     """The graph of the network's operators with what follows a product computed within it, see `fuse_graph`."""
-    with torch.autocast("cpu", enabled=False):
-        graph = fuse_graph(prepare_model(model, choice), without_gaps(prepare_input(example, choice)))
 
-    def run(x: Tensor) -> Any:
-        with torch.autocast("cpu", enabled=False):  # every operator was chosen for the types that it has
-            return run_prepared(graph, choice, without_gaps(x))
+    def as_chosen(function: Run, /, *args: Any, **kwargs: Any) -> Any:  # operators are chosen for types and layouts
+        given, named = map_tensors(partial(without_gaps, choice), (args, kwargs))
+        with torch.autocast("cpu", enabled=False):
+            return run_prepared(function, choice, *given, **named)
 
-    return run
+    graph = call_with(partial(as_chosen, partial(fuse_graph, prepare_model(model, choice))), example)
+    return partial(as_chosen, graph)
 
 
-def without_gaps(x: Tensor) -> Tensor:
-    """An input without gaps, as every operator of a graph was chosen for; images are laid out by the choice."""
-    return x if x.ndim == 4 else x.contiguous()
+def without_gaps(choice: Choice, x: Tensor) -> Tensor:
+    """A tensor in the layout of a choice."""
+    return x.contiguous(memory_format=LAYOUTS[choice.layout] if x.ndim == 4 else torch.contiguous_format)
 
 
 def build_inductor(model: nn.Module, example: Any, choice: Choice) -> Run:
@@ -456,10 +458,16 @@ BACKENDS.add(
         build_quantized=build_openvino_quantized,
     ),
 )
-BACKENDS.add("fused", Backend(build_fused, devices=("cpu",), keeps_path=True, layouts=LAST, frozen=True, patience=4.0))
-BACKENDS.add("eager", Backend(build_eager, any_call=True, any_size=True, layouts=LAST, packs=True))
-BACKENDS.add("torch", Backend(build_torch, any_call=True, any_size=True, layouts=BOTH))
-BACKENDS.add("inductor", Backend(build_inductor, any_call=True, layouts=LAST, frozen=True, slow=True, patience=25.0))
+BACKENDS.add(
+    "fused",
+    Backend(build_fused, devices=("cpu",), any_call=True, keeps_path=True, layouts=LAST, frozen=True, patience=4.0),
+)
+BACKENDS.add("eager", Backend(build_eager, any_call=True, runs_python=True, any_size=True, layouts=LAST, packs=True))
+BACKENDS.add("torch", Backend(build_torch, any_call=True, runs_python=True, any_size=True, layouts=BOTH))
+BACKENDS.add(
+    "inductor",
+    Backend(build_inductor, any_call=True, runs_python=True, layouts=LAST, frozen=True, slow=True, patience=25.0),
+)
 BACKENDS.add(
     "onnxruntime",
     Backend(
@@ -473,4 +481,4 @@ BACKENDS.add(
         patience=30.0,
     ),
 )
-BACKENDS.add("compiled", Backend(build_compiled, any_call=True, slow=True, patience=30.0))
+BACKENDS.add("compiled", Backend(build_compiled, any_call=True, runs_python=True, slow=True, patience=30.0))

@@ -12,12 +12,15 @@ import operator
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from math import isclose
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_leaves
 
-from skipway.inference.fused_operators import FusedAttention, FusedNorm, FusedPool, FusedProduct
+from skipway.inference.fused_operators import FusedAttention, FusedNorm, FusedPool, FusedProduct, Measured
 from skipway.kernels.epilogue import (
     Activation,
     Epilogue,
@@ -27,6 +30,7 @@ from skipway.kernels.epilogue import (
     product_of_linear,
     product_of_patches,
 )
+from skipway.tracing.containers import tensors_in
 
 __all__ = ["fuse_graph"]
 
@@ -52,12 +56,13 @@ JOINS = {aten.add.Tensor: "add", aten.mul.Tensor: "mul"}
 """Operators of two tensors that become part of the product of one of them."""
 
 
-def fuse_graph(model: nn.Module, example: Tensor) -> fx.GraphModule:
-    """Return the graph of a network in eval mode for inputs of an example's shape, type and layout.
+def fuse_graph(model: nn.Module, /, *args: Any, **kwargs: Any) -> fx.GraphModule:
+    """Return the graph of a network in eval mode for inputs of an example's shapes, types and layouts.
 
     Args:
         model: the network; its weights become constants.
-        example: an input.
+        args: an example of its inputs, in any containers that torch can export; what is no tensor becomes a constant.
+        kwargs: further ones by name.
 
     Raises:
         Exception: what torch raises where it cannot export the network: a path that depends on values, for one.
@@ -71,16 +76,61 @@ def fuse_graph(model: nn.Module, example: Tensor) -> fx.GraphModule:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own tracing warns about itself
-        program = torch.export.export(model, (example,), strict=False).run_decompositions({})
+        program = torch.export.export(model, args, kwargs, strict=False).run_decompositions({})
         network = program.module(check_guards=False)
     GraphBuilder(network).build()
-    network.delete_all_unused_submodules()
+    run = FirstRun(network)
     with torch.no_grad():
-        network(example)  # every operator chooses its implementation
+        run.run(*tree_leaves((args, kwargs)), enable_io_processing=False)
+    run.find_last_uses()
     for module in network.children():
         if isinstance(module, FusedProduct):
             module.settle()
+    release_constants(network)
     return network
+
+
+class FirstRun(fx.Interpreter):
+    """The first run of a graph, in which every operator chooses its implementation, and which tells the memory that
+    values lie in: an operator may return its argument, or a view of it, without saying so.
+    """
+
+    def __init__(self, network: fx.GraphModule) -> None:
+        super().__init__(network)
+        self.memory: dict[fx.Node, set[StorageWeakRef]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        self.memory[n] = {StorageWeakRef(each.untyped_storage()) for each in tensors_in(value)}
+        if n.target is aten.reshape.default:  # a copy here may be a view of what a convolution that writes returns
+            self.memory[n] |= self.memory[n.all_input_nodes[0]]
+        return value
+
+    def find_last_uses(self) -> None:
+        """Let convolutions write over the tensors that they add where nothing later reads that memory."""
+        made: dict[StorageWeakRef, fx.Node] = {}
+        last: dict[StorageWeakRef, fx.Node] = {}
+        for node, memory in self.memory.items():
+            made.update((each, node) for each in memory if each not in made)
+            last.update((each, node) for source in node.all_input_nodes for each in self.memory[source])
+        for node in self.memory:
+            product = self.submodules.get(node.target) if node.op == "call_module" else None  # type: ignore[arg-type]
+            if isinstance(product, FusedProduct) and product.of_patches and product.epilogue.joined == "add":
+                memory, added = (self.memory[each] for each in node.args)  # type: ignore[index]
+                fresh = node.args[1].op == "call_module" and not added & memory  # type: ignore[union-attr]
+                uses = {(made[each], last[each]) for each in added}
+                product.overwrites = fresh and uses == {(node.args[1], node)}
+
+
+def release_constants(network: fx.GraphModule) -> None:
+    """Release the weights and constants that a graph does not name: those that became part of others."""
+    network.delete_all_unused_submodules()
+    named = {node.target for node in network.graph.nodes if node.op == "get_attr"}
+    for prefix, module in network.named_modules():
+        if not isinstance(module, Measured):
+            for table in (module._parameters, module._buffers):
+                for name in [each for each in table if f"{prefix}.{each}".lstrip(".") not in named]:
+                    del table[name]
 
 
 class GraphBuilder:
@@ -103,7 +153,6 @@ class GraphBuilder:
         self.absorb_activations()
         self.absorb_joins()
         self.simplify()
-        self.find_last_uses()
         self.graph.lint()
         self.network.recompile()
 
@@ -210,7 +259,7 @@ class GraphBuilder:
                 product = self.product(source)
                 if product is None or product.epilogue != Epilogue():
                     continue
-                affine = affine_of(self, node, given, product, other)
+                affine = affine_of(self, node, given, product, source, other)
                 if affine is None:
                     continue
                 product.scale_outputs(*affine)
@@ -278,34 +327,6 @@ class GraphBuilder:
         if product.of_patches and len(following) == 1 and following[0].target in ACTIVATIONS:
             self.absorb_activation(product, following[0])
 
-    def find_last_uses(self) -> None:
-        """Let convolutions write over the tensors that they add where nothing later reads these or a view of them."""
-        order = {node: at for at, node in enumerate(self.graph.nodes)}
-        root: dict[Any, fx.Node] = {}
-        last: dict[fx.Node, int] = {}
-        for node, at in order.items():
-            viewed = views_of(node)
-            root[node] = root[viewed[0]] if viewed else node
-            for each in node.all_input_nodes:
-                last[root[each]] = len(order) if len(viewed) > 1 else at
-        for node, at in order.items():
-            product = self.network.get_submodule(str(node.target)) if node.op == "call_module" else None
-            if isinstance(product, FusedProduct) and product.of_patches and product.epilogue.joined == "add":
-                x, other = node.args
-                fresh = root[other] is other and other.op == "call_module"  # type: ignore[union-attr]
-                product.overwrites = fresh and last[root[other]] == at and root[x] is not other
-
-
-def views_of(node: fx.Node) -> list[fx.Node]:
-    """The arguments that a call may return, or views of which; none where it returns something new."""
-    if node.op != "call_function":
-        return []
-    schema = getattr(node.target, "_schema", None)
-    if schema is None and node.target is not operator.getitem:
-        return node.all_input_nodes
-    fresh = schema is not None and not any(each.alias_info for each in schema.returns)
-    return [] if fresh and node.target is not aten.reshape.default else node.all_input_nodes[:1]
-
 
 def is_random(target: Any) -> bool:
     """Whether an operator draws random numbers."""
@@ -368,7 +389,7 @@ AFFINES: dict[Any, Callable[[fx.Node, dict[str, Any]], list[tuple[Any, Any]]]] =
 
 
 def affine_of(
-    builder: GraphBuilder, node: fx.Node, given: dict[str, Any], product: FusedProduct, other: Any
+    builder: GraphBuilder, node: fx.Node, given: dict[str, Any], product: FusedProduct, source: fx.Node, other: Any
 ) -> tuple[Tensor | None, Tensor | None] | None:
     """The factor and the summand of each output of a product that a call computes; None where it computes others."""
     assert product.weight is not None
@@ -380,9 +401,7 @@ def affine_of(
     if constant is None or not constant.is_floating_point() or constant.ndim > value.ndim or given.get("alpha", 1) != 1:
         return None
     aligned = (1,) * (value.ndim - constant.ndim) + tuple(constant.shape)
-    if any(side != 1 for at, side in enumerate(aligned) if at != axis) or value.dtype != product.weight.dtype:
-        return None
-    if value.shape[axis] != outputs:
+    if any(side != 1 for at, side in enumerate(aligned) if at != axis) or not same_kind(node, source):
         return None
     each = constant.detach().reshape(-1).expand(outputs)
     return (each, None) if node.target is aten.mul.Tensor else (None, each)
@@ -426,6 +445,8 @@ def replace_convolution(builder: GraphBuilder, node: fx.Node, given: dict[str, A
     weight, bias, x = builder.constant(given["weight"]), builder.constant(given["bias"]), given["input"]
     if weight is None or (bias is None and given["bias"] is not None) or not is_product(x, weight):
         return None, ()
+    if x.meta["val"].ndim != 4:
+        return None, ()
     steps = (tuple(two_of(given[name])) for name in ("stride", "padding", "dilation"))
     geometry = Geometry(*steps, given["groups"])  # type: ignore[arg-type]
     pack = partial(pack_convolution, geometry=geometry, size=x.meta["val"].shape)
@@ -455,25 +476,28 @@ def replace_norm(builder: GraphBuilder, node: fx.Node, given: dict[str, Any]) ->
 
 
 def replace_attention(builder: GraphBuilder, node: fx.Node, given: dict[str, Any]) -> Replacement:
-    """Attention over all keys, with no bias or a constant one."""
+    """Attention over all keys with no bias or a constant one, or over those that are not later."""
     inputs = tuple(given[name] for name in ("query", "key", "value"))
     mask, values = builder.constant(given["attn_mask"]), [each.meta["val"] for each in inputs]
     fixed = mask is not None or given["attn_mask"] is None
     shape = values[0].shape
-    plain = given["scale"] is None or given["scale"] == shape[-1] ** -0.5
-    if not fixed or not plain or given["dropout_p"] or given["is_causal"] or given["enable_gqa"]:
+    plain = given["scale"] is None or isclose(given["scale"], shape[-1] ** -0.5)
+    causal = given["is_causal"]
+    if not fixed or not plain or given["dropout_p"] or given["enable_gqa"]:
+        return None, ()
+    if causal and shape[-2] != values[1].shape[-2]:  # torch counts from the first key, the kernel from the last
         return None, ()
     if len(shape) != 4 or any(each.shape[:2] != shape[:2] for each in values) or not values[0].numel():
         return None, ()
-    bias = None if mask is None else bias_of(mask, (*shape[:3], values[1].shape[2]), values[0].dtype)
-    return FusedAttention(bias), inputs
+    bias = None if mask is None else bias_of(mask, (shape[2], values[1].shape[2]), values[0].dtype)
+    return FusedAttention(bias, causal), inputs
 
 
-def bias_of(mask: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A mask as numbers to be added, (W, heads, T, S) for the fewest W images after which it repeats itself."""
+def bias_of(mask: Tensor, sides: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """A mask as numbers to be added, (W, heads or 1, T, S) for the fewest W images after which it repeats itself."""
     if mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))
-    whole = mask.to(dtype).expand(shape)
+    whole = mask.to(dtype)[(None,) * (4 - mask.ndim)].expand(-1, -1, *sides)
     periods = (count for count in range(1, len(whole) + 1) if len(whole) % count == 0)
     period = next(count for count in periods if torch.equal(whole[count:], whole[: len(whole) - count]))
     return whole[:period].contiguous()

@@ -7,14 +7,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from skipway.kernels.autotune import REFERENCE, Kernel
-from skipway.kernels.epilogue import Epilogue, PackedPatches, patches_in_one, patches_in_place, product_of_patches
+from skipway.kernels.autotune import REFERENCE, Implementation, Kernel
+from skipway.kernels.epilogue import Epilogue, PackedPatches, patches_in_place, product_of_patches
 from skipway.kernels.layer_norm import layer_norm
 from skipway.kernels.matmul import PackedWeight
 from skipway.kernels.max_pool import max_pool
 from skipway.kernels.sdpa import attention_forward
 
 __all__ = ["FusedAttention", "FusedNorm", "FusedPool", "FusedProduct", "Measured"]
+
+
+IN_PLACE = Implementation("in place", patches_in_place)
+"""A convolution that writes over what it adds; no kernel's, since a measurement would change its own input."""
 
 
 class Measured(nn.Module):
@@ -27,13 +31,13 @@ class Measured(nn.Module):
     def __init__(self, kernel: Kernel) -> None:
         super().__init__()
         self.kernel = kernel
-        self.compute: Callable[..., Any] | None = None
+        self.chosen: Implementation | None = None
 
     def call(self, *arguments: Any) -> Any:
         """Call the kernel's fastest implementation."""
-        if self.compute is None:
-            self.compute = self.kernel.select(*arguments).compute
-        return self.compute(*arguments)
+        if self.chosen is None:
+            self.chosen = self.kernel.select(*arguments)
+        return self.chosen.compute(*arguments)
 
 
 class FusedProduct(Measured):
@@ -86,7 +90,8 @@ class FusedProduct(Measured):
         """Release the weight in the orders that the chosen implementation does not read, and let a convolution write
         over what it adds where it may.
         """
-        chosen = next(each.name for each in self.kernel.implementations if each.compute is self.compute)
+        assert self.chosen is not None
+        chosen = self.chosen.name
         if isinstance(self.packed, PackedPatches):
             kept = {"onednn": PackedPatches(self.packed.weight), "pixels": PackedPatches(rows=self.packed.rows)}
             self.packed = kept.get(chosen, PackedPatches())
@@ -94,11 +99,11 @@ class FusedProduct(Measured):
             self.packed = PackedWeight(None)
         if chosen not in (REFERENCE, "native"):
             self.weight = None
-        if self.overwrites and self.compute is patches_in_one:
-            self.compute = patches_in_place
+        if self.overwrites and chosen == "onednn":
+            self.chosen = IN_PLACE
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
-        if self.compute is None:
+        if self.chosen is None:
             assert self.weight is not None
             self.packed = self.pack(self.weight.detach())
         return self.call(x, self.weight, self.bias, other, self.epilogue, *self.details, self.packed)
@@ -127,11 +132,11 @@ class FusedPool(Measured):
 
 
 class FusedAttention(Measured):
-    """softmax(q kᵀ / √d + B) v; B (W, heads, T, S) holds for image n the bias n modulo W."""
+    """softmax(q kᵀ / √d + B) v; B (W, heads or 1, T, S) holds for image n the bias n modulo W."""
 
-    def __init__(self, bias: Tensor | None) -> None:
+    def __init__(self, bias: Tensor | None, causal: bool) -> None:
         super().__init__(attention_forward)
-        self.bias = bias
+        self.bias, self.causal = bias, causal
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.call(q, k, v, self.bias, False, False)[0]
+        return self.call(q, k, v, self.bias, self.causal, False)[0]

@@ -23,6 +23,7 @@ __all__ = [
     "Implementation",
     "Kernel",
     "KernelChoice",
+    "Packed",
     "add_kernel",
     "choices",
     "clear_choices",
@@ -90,6 +91,12 @@ class KernelChoice:
     implementation: str
     seconds: dict[str, float]
     refused: dict[str, str] = field(default_factory=dict)
+
+
+class Packed:
+    """Weights in an order of a library's, as kernels take them: all of a class are of one kind, and no kernel keeps
+    them.
+    """
 
 
 @contextmanager
@@ -176,12 +183,12 @@ class Kernel:
             try:
                 problem = mismatch(each.compute(*arguments), expected, allowed)
             except Exception as error:  # compilers raise errors of their own; an implementation that fails is not used
-                problem = str(error).partition("\n")[0]
+                problem = first_line(error)
             if problem is None:
                 candidates.append(each)
             else:
                 refused[each.name] = problem
-        seconds = fastest_calls(candidates, arguments)
+        seconds = fastest_calls(candidates, arguments, refused)
         return KernelChoice(self.name, min(seconds, key=seconds.__getitem__), seconds, refused)
 
 
@@ -200,6 +207,8 @@ def add_kernel(
 
 def argument_kind(argument: Any, rough: Collection[int]) -> Hashable:
     """Key of an argument; the same implementation is taken to be the fastest for equal keys."""
+    if isinstance(argument, Packed):
+        return type(argument)
     if isinstance(argument, Tensor):
         sides = tuple(side.bit_length() if axis in rough else side for axis, side in enumerate(argument.shape))
         order = tuple(sorted(range(argument.ndim), key=lambda axis: -argument.stride(axis)))
@@ -242,17 +251,33 @@ def mismatch(result: Any, expected: Any, allowed: float) -> str | None:
     return None if bool(error <= allowed) else f"differs by {float(error):.1g} of the largest value"
 
 
-def fastest_calls(candidates: Sequence[Implementation], arguments: tuple[Any, ...]) -> dict[str, float]:
-    """Time calls of implementations in turn, the reference first, and return the shortest time of each."""
-    seconds: dict[str, float] = {}
+def fastest_calls(
+    candidates: Sequence[Implementation], arguments: tuple[Any, ...], refused: dict[str, str]
+) -> dict[str, float]:
+    """Time calls of implementations in turn, the reference first, and return the shortest time of each; another one
+    that fails meanwhile is refused.
+    """
+    reference, *others = candidates
+    seconds = {reference.name: math.inf}
     spent = 0.0
     for turn in range(MOST_ROUNDS):
-        for each in candidates:
-            seconds[each.name] = min(seconds_of_call(each, arguments), seconds.get(each.name, math.inf))
-        spent += seconds[candidates[0].name]
+        spent += (took := seconds_of_call(reference, arguments))
+        seconds[reference.name] = min(took, seconds[reference.name])
+        for each in list(others):
+            try:
+                seconds[each.name] = min(seconds_of_call(each, arguments), seconds.get(each.name, math.inf))
+            except Exception as error:
+                refused[each.name] = first_line(error)
+                seconds.pop(each.name, None)
+                others.remove(each)
         if turn + 1 >= ROUNDS and spent >= SECONDS:
             break
     return seconds
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says."""
+    return str(error).partition("\n")[0]
 
 
 def seconds_of_call(implementation: Implementation, arguments: tuple[Any, ...]) -> float:

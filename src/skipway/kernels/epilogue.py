@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from skipway.kernels.autotune import Implementation, add_kernel
+from skipway.kernels.autotune import Implementation, Packed, add_kernel
 from skipway.kernels.matmul import PackedWeight, pack_weight
 from skipway.kernels.native import (
     has_native_gelu,
@@ -105,17 +105,17 @@ class Geometry:
         return list(self.padding), list(self.stride), list(self.dilation), self.groups
 
 
-@dataclass(frozen=True)
-class PackedPatches:
-    """A kernel of a convolution in oneDNN's orders; equal to every other, as `PackedWeight` is.
+@dataclass(frozen=True, eq=False)
+class PackedPatches(Packed):
+    """A kernel of a convolution in oneDNN's orders.
 
     Args:
         weight: for convolutions; None where there is no such order.
         rows: of a kernel of 1 × 1, for products with the pixels of a map in channels-last; None of another.
     """
 
-    weight: Tensor | None = field(default=None, compare=False)
-    rows: Tensor | None = field(default=None, compare=False)
+    weight: Tensor | None = None
+    rows: Tensor | None = None
 
 
 def linear_reference(

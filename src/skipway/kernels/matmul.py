@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from skipway.kernels.autotune import Implementation, add_kernel, enabled
+from skipway.kernels.autotune import Implementation, Packed, add_kernel, enabled
 from skipway.kernels.cast import to_autocast
 from skipway.kernels.onednn import supports_onednn_matmul, with_onednn_matmul
 from skipway.kernels.operator import Operator
@@ -54,13 +54,11 @@ linear_forward = add_kernel(
 """x Wᵀ + b without gradients (see `linear`)."""
 
 
-@dataclass(frozen=True)
-class PackedWeight:
-    """A weight in oneDNN's order for products, None where there is no such order; equal to every other, so that kernels
-    choose once for all of them.
-    """
+@dataclass(frozen=True, eq=False)
+class PackedWeight(Packed):
+    """A weight in oneDNN's order for products, None where there is no such order."""
 
-    weight: Tensor | None = field(compare=False)
+    weight: Tensor | None
 
 
 def pack_weight(weight: Tensor, rows: int) -> Tensor | None:

@@ -34,8 +34,9 @@ static inline uint16_t narrow(float value) {
 
 static inline float itself(float value) { return value; }
 
-/* y = (x - mean) / sqrt(variance + eps) * weight + bias in each row. Both sums are those of differences from the first
-   number of the row: that loses nothing where the mean is far from zero. */
+/* y = (x - mean) / sqrt(variance + eps) * weight + bias in each row, in two passes: the second one over differences from
+   the mean, whose own sum says what rounding took from it. So neither a mean far from zero nor an outlier costs. */
+#define SUMS 64
 #define LAYER_NORM(name, number, read, write)                                                                         \
     void name(const number *x, const number *weight, const number *bias, number *y, int64_t rows, int64_t size,       \
               float eps, int threads) {                                                                               \
@@ -43,15 +44,27 @@ static inline float itself(float value) { return value; }
         for (int64_t row = 0; row < rows; row++) {                                                                    \
             const number *from = x + row * size;                                                                      \
             number *to = y + row * size;                                                                              \
-            const float origin = read(from[0]);                                                                       \
-            float sum = 0, squares = 0;                                                                               \
-            for (int64_t i = 0; i < size; i++) {                                                                      \
-                const float value = read(from[i]) - origin;                                                           \
-                sum += value;                                                                                         \
-                squares += value * value;                                                                             \
+            float sums[SUMS] = {0}, rests[SUMS] = {0}, squares[SUMS] = {0}, sum = 0, rest = 0, square = 0;            \
+            const int64_t full = size / SUMS * SUMS;                                                                  \
+            for (int64_t i = 0; i < full; i += SUMS)                                                                  \
+                for (int at = 0; at < SUMS; at++) sums[at] += read(from[i + at]);                                     \
+            for (int64_t i = full; i < size; i++) sums[i - full] += read(from[i]);                                    \
+            for (int at = 0; at < SUMS; at++) sum += sums[at];                                                        \
+            const float rough = sum / (float)size;                                                                    \
+            for (int64_t i = 0; i < full; i += SUMS)                                                                  \
+                for (int at = 0; at < SUMS; at++) {                                                                   \
+                    const float value = read(from[i + at]) - rough;                                                   \
+                    rests[at] += value;                                                                               \
+                    squares[at] += value * value;                                                                     \
+                }                                                                                                     \
+            for (int64_t i = full; i < size; i++) {                                                                   \
+                const float value = read(from[i]) - rough;                                                            \
+                rests[i - full] += value;                                                                             \
+                squares[i - full] += value * value;                                                                   \
             }                                                                                                         \
-            const float shift = sum / (float)size, mean = origin + shift;                                             \
-            const float variance = squares / (float)size - shift * shift;                                             \
+            for (int at = 0; at < SUMS; at++) rest += rests[at], square += squares[at];                               \
+            const float shift = rest / (float)size, mean = rough + shift;                                             \
+            const float variance = square / (float)size - shift * shift;                                              \
             const float scale = 1 / sqrtf((variance < 0 ? 0 : variance) + eps); /* NaN stays NaN */                   \
             for (int64_t i = 0; i < size; i++)                                                                        \
                 to[i] = write((read(from[i]) - mean) * scale * read(weight[i]) + read(bias[i]));                      \
@@ -243,6 +256,8 @@ int skipway_has_vectors(void) { return 0; }
 #include <sys/syscall.h>
 #include <unistd.h>
 
+/* What was stored is in memory: compilers do not know that loads of tiles read it. */
+#define WRITTEN __asm__ volatile("" ::: "memory")
 #define TILE 16  /* rows of a tile, and float32 numbers or pairs of bfloat16 in one of its rows */
 #define BLOCK 32 /* queries at a time: two tiles */
 
@@ -301,6 +316,7 @@ static void pack_values(const uint16_t *v, int64_t step, int64_t keys, int64_t d
    `across` and of the next 32 numbers of `inner` by `down` (in pairs); c (32, outer) float32. outer is a multiple of 16. */
 static void multiply(const uint16_t *a, const uint32_t *b, float *c, int64_t inner, int64_t outer, int64_t across,
                      int64_t down) {
+    WRITTEN;
     for (int64_t column = 0; column < outer; column += 2 * TILE) {
         const int both = column + TILE < outer;
         const uint32_t *left = b + column / TILE * across, *right = left + across;
@@ -371,10 +387,11 @@ static float weigh(float *x, const uint16_t *bias, float scale, int64_t keys, ui
 
 /* out = softmax(scale q kᵀ + bias) v. q (images, heads, rows, dims) and k, v with `keys` in place of rows are given by
    their steps in numbers along the first three axes; out is (images, rows, heads, dims) without gaps, and bias (windows,
-   heads, rows, keys), for image n the window n modulo `windows`, or NULL. dims is even. Returns 0, or 1 without memory. */
+   sheets, rows, keys), for image n the window n modulo `windows` and for all heads the same where there is one sheet, or
+   NULL. dims is even. Returns 0, or 1 without memory. */
 int skipway_attention(const uint16_t *q, const uint16_t *k, const uint16_t *v, const uint16_t *bias, uint16_t *out,
                        const int64_t *steps, int64_t images, int64_t heads, int64_t rows, int64_t keys, int64_t dims,
-                       int64_t windows, float scale, int threads) {
+                       int64_t windows, int64_t sheets, float scale, int threads) {
     const int64_t depth = (dims + 31) / 32 * 32, padded = (keys + 31) / 32 * 32, groups = (keys + 15) / 16 * 16;
     const size_t packed = (size_t)padded * depth * 2, size = 2 * packed + (size_t)BLOCK * (padded + depth) * 6;
     char *memory = aligned_alloc(64, size * (threads > 1 ? threads : 1));
@@ -389,6 +406,7 @@ int skipway_attention(const uint16_t *q, const uint16_t *k, const uint16_t *v, c
         uint16_t *query = (uint16_t *)(sums + BLOCK * depth), *weights = query + BLOCK * depth;
         Configuration before; /* of whoever else computes in tiles on this thread */
         _tile_storeconfig(&before);
+        WRITTEN;
         _tile_loadconfig(&tiles);
         memset(query, 0, BLOCK * depth * 2);
         memset(weights, 0, BLOCK * padded * 2);
@@ -398,7 +416,7 @@ int skipway_attention(const uint16_t *q, const uint16_t *k, const uint16_t *v, c
             pack_keys(k + image * steps[3] + head * steps[4], steps[5], keys, dims, depth, key);
             pack_values(v + image * steps[6] + head * steps[7], steps[8], keys, dims, depth, value);
             const uint16_t *from = q + image * steps[0] + head * steps[1];
-            const uint16_t *biases = bias ? bias + (image % windows * heads + head) * rows * keys : NULL;
+            const uint16_t *biases = bias ? bias + (image % windows * sheets + head % sheets) * rows * keys : NULL;
             uint16_t *to = out + image * rows * heads * dims + head * dims;
             for (int64_t top = 0; top < rows; top += BLOCK) {
                 const int64_t count = rows - top < BLOCK ? rows - top : BLOCK;

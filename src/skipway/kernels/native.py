@@ -12,9 +12,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -72,27 +73,32 @@ class Library:
 @cache
 def library() -> Library | None:
     """The compiled passes; None without a compiler that builds them."""
-    compiler = next(filter(None, map(shutil.which, compilers())), None)
-    if compiler is None or sys.byteorder != "little" or os.name != "posix":
+    if sys.byteorder != "little" or os.name != "posix":
         return None
-    source = Path(__file__).with_name("native.c")
-    with tempfile.TemporaryDirectory(prefix="skipway-") as folder:
-        built = Path(folder) / "native.so"
-        for flags in OPTIONAL:
-            command = [compiler, *FLAGS, *flags, str(source), "-o", str(built), "-lm"]
-            try:
-                subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE)
-                return declare(ctypes.CDLL(str(built)))
-            except (OSError, subprocess.SubprocessError):
-                continue
+    try:
+        with tempfile.TemporaryDirectory(prefix="skipway-", ignore_cleanup_errors=True) as folder:
+            return build(Path(folder))
+    except (OSError, subprocess.TimeoutExpired):  # a folder that cannot be written, a compiler that hangs
+        return None
+
+
+def build(folder: Path) -> Library | None:
+    """Build the passes in a folder with the first compiler, and the first of the flags, that do."""
+    source, built = Path(__file__).with_name("native.c"), folder / "native.so"
+    for compiler, flags in product(compilers(), OPTIONAL):
+        command = [*compiler, *FLAGS, *flags, str(source), "-o", str(built), "-lm"]
+        try:
+            subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE)
+            return declare(ctypes.CDLL(str(built)))
+        except (OSError, AttributeError, subprocess.CalledProcessError):
+            continue
     return None
 
 
-def compilers() -> Iterator[str]:
-    """Names of C compilers, that of the environment first."""
-    if named := os.environ.get("CC", "").split():
-        yield named[0]
-    yield from ("cc", "gcc", "clang")
+def compilers() -> list[list[str]]:
+    """C compilers that are there, as commands with their first options; that of the environment first."""
+    named = [os.environ.get("CC", "").split(), ["cc"], ["gcc"], ["clang"]]
+    return [each for each in named if each and shutil.which(each[0])]
 
 
 def declare(found: ctypes.CDLL) -> Library:
@@ -112,7 +118,7 @@ def declare(found: ctypes.CDLL) -> Library:
     vectors = Library(norms, found.skipway_gelu, found.skipway_depthwise, found.skipway_max_pool)
     if not found.skipway_has_tiles():
         return vectors
-    found.skipway_attention.argtypes = [POINTER] * 6 + [COUNT] * 6 + [ctypes.c_float, ctypes.c_int]
+    found.skipway_attention.argtypes = [POINTER] * 6 + [COUNT] * 7 + [ctypes.c_float, ctypes.c_int]
     return replace(vectors, attention=found.skipway_attention)
 
 
@@ -213,7 +219,8 @@ def takes_tiles(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bo
     if v.shape[-2] != k.shape[-2] or k.stride(-2) * 16 >= 1 << 31:
         return False
     if bias is not None:
-        fits = bias.shape[1:] == (*q.shape[1:3], k.shape[-2]) and len(q) % len(bias) == 0
+        fits = bias.shape[1] in (1, q.shape[1]) and bias.shape[2:] == (q.shape[2], k.shape[-2])
+        fits = fits and len(q) % len(bias) == 0
         if not fits or bias.dtype != q.dtype or not bias.is_contiguous():
             return False
     found = library()
@@ -224,7 +231,7 @@ def attention_by_tiles(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, keep_weights: bool
 ) -> tuple[Tensor, Tensor]:
     """Compute softmax(q kᵀ / √d + B) v head by head in matrix units: logits and sums stay in float32 and in a core's
-    cache, and a bias is broadcast over images.
+    cache, and a bias is broadcast over images, and over heads where it has one for all.
     """
     found, (images, heads, rows, dims) = library(), q.shape
     assert found is not None
@@ -235,7 +242,7 @@ def attention_by_tiles(
         None if bias is None else bias.data_ptr(),
         out.data_ptr(),
         (COUNT * 9)(*(step for each in (q, k, v) for step in each.stride()[:3])),
-        *(images, heads, rows, k.shape[2], dims, 1 if bias is None else len(bias)),
+        *(images, heads, rows, k.shape[2], dims, *((1, 1) if bias is None else bias.shape[:2])),
         dims**-0.5,
         torch.get_num_threads(),
     )
