@@ -14,7 +14,8 @@ from torch.nn import functional as F
 import skipway as sw
 from skipway import kernels
 from skipway.inference import optimize
-from skipway.inference.fused_graph import bias_of, fuse_graph
+from skipway.inference.fused_attention import bias_of
+from skipway.inference.fused_graph import fuse_graph
 from skipway.inference.fused_operators import FusedAttention, FusedNorm, FusedPool, FusedProduct
 from skipway.kernels import epilogue
 from skipway.kernels.epilogue import patches_in_place
@@ -235,6 +236,15 @@ def test_idle_operators_and_constants():
     assert left(fused(model, 3, 4)) == ["add"] or left(fused(model, 3, 4)) == []
 
 
+def test_a_mask_that_is_made_in_the_shape_of_an_input_is_a_constant():
+    def masked(self, x):
+        mask = x.new_zeros(3, 4)
+        mask[:2, 1:] = torch.inf
+        return torch.cat([x.masked_fill(mask.isinf(), 0), torch.full_like(x, 2), x.new_ones(1, 4).bool()], 0)
+
+    assert left(fused(Wrapped(masked), 3, 4)) == ["masked_fill", "cat"]
+
+
 def test_random_numbers_are_drawn_in_every_call():
     graph = fuse_graph(Wrapped(lambda self, x: x + torch.rand(3)), torch.zeros(3))
     with torch.no_grad():
@@ -273,23 +283,90 @@ def test_attention(kind):
     assert attention.bias is None or len(attention.bias) == (2 if kind == "windows" else 1)
 
 
-def test_causal_attention():
-    def attend(self, x):
-        q, k, v = self.map(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-    assert any(
-        isinstance(each, FusedAttention) for each in fused(Wrapped(attend, map=nn.Linear(8, 24)), 4, 6, 8).modules()
-    )
-
-
 @pytest.mark.parametrize("options", [{"is_causal": True}, {"scale": 0.3}, {"enable_gqa": True}])
-def test_other_attention_is_left_to_torch(options):
+@pytest.mark.parametrize("rows", [6, 4])
+def test_options_of_attention(options, rows):
     def attend(self, x):
         q, k, v = self.map(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
-        return F.scaled_dot_product_attention(q[:, :, :4], k, v, **options)
+        return F.scaled_dot_product_attention(q[:, :, :rows], k, v, **options)
 
-    assert "scaled_dot_product_attention" in left(fused(Wrapped(attend, map=nn.Linear(8, 24)), 4, 6, 8))
+    graph = fused(Wrapped(attend, map=nn.Linear(8, 24)), 4, 6, 8)
+    # a mask that begins with the first key, of more keys than rows, is left to torch
+    ours = any(isinstance(each, FusedAttention) for each in graph.modules())
+    assert ours == (rows == 6 or "is_causal" not in options)
+
+
+BIAS, PER_HEAD, WINDOWS = torch.randn(2, 6, 6), torch.rand(2, 1, 1) + 0.5, torch.randn(2, 1, 6, 6)
+CAUSAL = torch.ones(6, 6, dtype=torch.bool).triu(1)
+HIDDEN_ROW = torch.zeros(6, 6).masked_fill(torch.arange(6)[:, None] == 2, -torch.inf)
+
+
+def windowed(logits):
+    return (logits.unflatten(0, (-1, 2)) + WINDOWS).flatten(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("logits", "weights", "ours"),
+    [
+        (lambda q, k: q @ k.mT, lambda p: p, True),
+        (lambda q, k: (q * 0.5) @ k.mT, lambda p: p, True),
+        (lambda q, k: (q / 3) @ (k * 2).mT, lambda p: p, True),
+        (lambda q, k: q @ k.mT / 2 + BIAS, lambda p: p.contiguous(), True),
+        (lambda q, k: 0.3 * (BIAS + q @ k.mT), lambda p: F.dropout(p, 0.5, False), True),
+        (lambda q, k: F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * PER_HEAD + BIAS, lambda p: p, True),
+        (lambda q, k: windowed(q @ k.mT + BIAS), lambda p: p, True),
+        (lambda q, k: (q @ k.mT * 0.5).masked_fill(CAUSAL, -torch.inf), lambda p: p, True),
+        (lambda q, k: (q @ k.mT).masked_fill(CAUSAL, -1e9) * 2, lambda p: p, True),
+        (lambda q, k: (q @ k.mT).masked_fill(CAUSAL, -2.0), lambda p: p, False),
+        (lambda q, k: (q @ k.mT).masked_fill(CAUSAL, -1e6) * 1e-6, lambda p: p, False),
+        (lambda q, k: (q @ k.mT).masked_fill(HIDDEN_ROW.isinf(), -1e9), lambda p: p, False),
+        (lambda q, k: q @ k.mT + HIDDEN_ROW.clamp_min(-1e9), lambda p: p, False),
+        (lambda q, k: (y := q @ k.mT) + y, lambda p: p, False),
+        (lambda q, k: (y := q @ k.mT) * y, lambda p: p, False),
+        (lambda q, k: 2 / (3 + q @ k.mT), lambda p: p, False),
+        (lambda q, k: q @ k.mT + q.mean((-1, -2), keepdim=True) * BIAS, lambda p: p, False),
+        (lambda q, k: q @ k.mT * BIAS, lambda p: p, False),
+        (lambda q, k: q @ k.mT, lambda p: p.mT, False),
+        (lambda q, k: q @ k.mT, lambda p: p * 2, False),
+        (lambda q, k: (q @ k.mT).relu(), lambda p: p, False),
+    ],
+)
+def test_attention_that_is_written_out(logits, weights, ours):
+    def attend(self, x):
+        q, k, v = self.map(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        return (weights(logits(q, k).softmax(-1)) @ v).transpose(1, 2).flatten(2)
+
+    torch.manual_seed(0)
+    graph = fused(Wrapped(attend, map=nn.Linear(8, 24)), 4, 6, 8)
+    found = [each for each in graph.modules() if isinstance(each, FusedAttention)]
+    assert bool(found) == ours
+    assert not ours or "softmax" not in left(graph)
+
+
+def test_weights_of_attention_that_are_returned_are_computed():
+    def attend(self, x):
+        q, k, v = self.map(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.mT).softmax(-1)
+        return torch.cat([weights, weights @ v], -1)
+
+    assert "softmax" in left(fused(Wrapped(attend, map=nn.Linear(8, 24)), 4, 6, 8))
+
+
+def test_softmax_over_another_axis_is_left_to_torch():
+    def attend(self, x):
+        q, k, v = self.map(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        return (q @ k.mT).softmax(-2) @ v
+
+    assert "softmax" in left(fused(Wrapped(attend, map=nn.Linear(8, 24)), 4, 6, 8))
+
+
+def test_softmax_in_float32_of_16_bits():
+    def attend(self, x):
+        q, k, v = self.map(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        return ((q @ k.mT).float() * 0.5 + BIAS).softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+
+    model = Wrapped(attend, map=nn.Linear(8, 24)).bfloat16()
+    assert "softmax" not in left(fused(model, 4, 6, 8, dtype=torch.bfloat16, tolerance=0.03))
 
 
 def test_periods_of_a_bias():

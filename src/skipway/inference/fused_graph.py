@@ -12,7 +12,6 @@ import operator
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
-from math import isclose
 from typing import Any
 
 import torch
@@ -20,7 +19,9 @@ from torch import Tensor, fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
-from skipway.inference.fused_operators import FusedAttention, FusedNorm, FusedPool, FusedProduct, Measured
+from skipway.inference.fused_attention import attention_in_steps, replace_attention
+from skipway.inference.fused_operators import FusedNorm, FusedPool, FusedProduct, Measured
+from skipway.inference.graph_nodes import Replacement, is_random, named_arguments, permutation, same_kind
 from skipway.kernels.epilogue import (
     Activation,
     Epilogue,
@@ -39,6 +40,11 @@ aten = torch.ops.aten
 SAME = (aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default, aten.contiguous.default)
 """Operators that return what they are given, in a graph without writes."""
 RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+FILLED = tuple(
+    getattr(aten, name).default
+    for name in ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "new_empty", "empty_like")
+)
+"""Operators that read the shape and type of their argument alone."""
 ACTIVATIONS: dict[Any, Callable[[dict[str, Any]], Activation]] = {
     aten.relu.default: lambda given: Activation("relu"),
     aten.sigmoid.default: lambda given: Activation("sigmoid"),
@@ -148,6 +154,7 @@ class GraphBuilder:
         """Rewrite the graph."""
         self.fold_constants()
         self.simplify()
+        self.replace_attention_in_steps()
         self.replace_operators()
         self.absorb_affines()
         self.absorb_activations()
@@ -180,15 +187,20 @@ class GraphBuilder:
         fixed = isinstance(node, fx.Node) and node.op == "get_attr"
         return operator.attrgetter(node.target)(self.network) if fixed else None
 
+    def example(self, node: fx.Node) -> Any:
+        """The tensor of a node that depends on no input; one of the same shape and type of another."""
+        known, value = self.constant(node), node.meta.get("val")
+        return torch.zeros((), dtype=value.dtype).expand(value.shape) if known is None else known  # type: ignore[union-attr]
+
     def fold_constants(self) -> None:
         """Compute what depends on no input once."""
         for node in self.calls():
             schema = getattr(node.target, "_schema", None)
-            known = all(each.op == "get_attr" for each in node.all_input_nodes)
+            known = all(each.op == "get_attr" or node.target in FILLED for each in node.all_input_nodes)
             if not known or schema is None or schema.is_mutable or is_random(node.target):
                 continue
             with torch.no_grad():
-                args, kwargs = fx.map_arg((node.args, node.kwargs), self.constant)
+                args, kwargs = fx.map_arg((node.args, node.kwargs), self.example)
                 value: Any = node.target(*args, **kwargs)  # type: ignore[operator]
             if isinstance(value, Tensor):
                 self.put_constant(node, value)
@@ -200,10 +212,14 @@ class GraphBuilder:
 
     def put_constant(self, node: fx.Node, value: Tensor) -> None:
         """Put a tensor in the place of a node."""
+        with self.graph.inserting_before(node):
+            self.put(node, self.graph.get_attr(self.add_constant(value)))
+
+    def add_constant(self, value: Tensor) -> str:
+        """Keep a tensor, and return its name."""
         name, self.count = f"constant_{self.count}", self.count + 1
         self.network.register_buffer(name, value)
-        with self.graph.inserting_before(node):
-            self.put(node, self.graph.get_attr(name))
+        return name
 
     def copy_returned(self) -> None:
         """Return copies of constants, which the caller may write into."""
@@ -215,6 +231,8 @@ class GraphBuilder:
 
     def simplify(self) -> None:
         """Remove what only copies, and join views and permutations that follow each other."""
+        for node in self.calls(aten._assert_tensor_metadata.default):  # all shapes and types are fixed
+            self.graph.erase_node(node)
         for node in self.calls():
             given = named_arguments(node)
             source: Any = node.args[0] if node.args else None
@@ -234,6 +252,14 @@ class GraphBuilder:
                 else:
                     node.target, node.args, node.kwargs = aten.permute.default, (source.args[0], joined), {}
         self.graph.eliminate_dead_code()
+
+    def replace_attention_in_steps(self) -> None:
+        """Put modules in the places of attention that is written out: two products with a softmax in between."""
+        for node in self.calls(aten.matmul.default):
+            module, inputs = attention_in_steps(self, node)
+            if module is not None:
+                self.put(node, self.add_module(module, node, *inputs))
+        self.simplify()
 
     def replace_operators(self) -> None:
         """Put modules in the places of products, norms and attention whose weights are constants."""
@@ -328,21 +354,6 @@ class GraphBuilder:
             self.absorb_activation(product, following[0])
 
 
-def is_random(target: Any) -> bool:
-    """Whether an operator draws random numbers."""
-    return torch.Tag.nondeterministic_seeded in target.tags
-
-
-def named_arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments of a call by name, with the operator's defaults."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return {}
-    defaults = {each.name: each.default_value for each in schema.arguments if each.has_default_value()}
-    given = dict(zip((each.name for each in schema.arguments), node.args, strict=False))
-    return {**defaults, **given, **node.kwargs}
-
-
 def is_idle(node: fx.Node, given: dict[str, Any]) -> bool:
     """Whether a call returns its argument: dropout in eval, and copies, whose layout those that follow do not need."""
     if node.target in (aten.dropout.default, aten.feature_dropout.default):
@@ -353,28 +364,6 @@ def is_idle(node: fx.Node, given: dict[str, Any]) -> bool:
         None,
         torch.preserve_format,
     )
-
-
-def permutation(node: Any) -> list[int] | None:
-    """The order of axes that a call brings its argument into; None of another call."""
-    if not isinstance(node, fx.Node) or node.op != "call_function":
-        return None
-    axes: Any = node.args[1] if len(node.args) == 2 else node.args[1:]
-    if node.target is aten.permute.default:
-        return [axis % len(axes) for axis in axes]
-    if node.target is aten.transpose.int:
-        order = list(range(node.meta["val"].ndim))
-        first, second = (axis % len(order) for axis in axes)
-        order[first], order[second] = second, first
-        return order
-    return None
-
-
-def same_kind(*nodes: Any) -> bool:
-    """Whether all are tensors of one shape and type."""
-    values = [each.meta.get("val") if isinstance(each, fx.Node) else None for each in nodes]
-    kinds = {(each.shape, each.dtype) if isinstance(each, Tensor) else None for each in values}
-    return len(kinds) == 1 and None not in kinds
 
 
 BATCH_NORM = aten._native_batch_norm_legit_no_training.default
@@ -427,10 +416,6 @@ def batch_norm_of(
     return scale, shift if bias is None else shift + bias.detach().double()
 
 
-Replacement = tuple[nn.Module | None, tuple[fx.Node, ...]]
-"""The module that computes a call, and its inputs; None where none does."""
-
-
 def replace_linear(builder: GraphBuilder, node: fx.Node, given: dict[str, Any]) -> Replacement:
     """A linear map of a constant weight."""
     weight, bias, x = builder.constant(given["weight"]), builder.constant(given["bias"]), given["input"]
@@ -473,34 +458,6 @@ def replace_norm(builder: GraphBuilder, node: fx.Node, given: dict[str, Any]) ->
         return None, ()
     weight, bias = affine
     return FusedNorm(weight, bias, given["eps"]), (given["input"],)
-
-
-def replace_attention(builder: GraphBuilder, node: fx.Node, given: dict[str, Any]) -> Replacement:
-    """Attention over all keys with no bias or a constant one, or over those that are not later."""
-    inputs = tuple(given[name] for name in ("query", "key", "value"))
-    mask, values = builder.constant(given["attn_mask"]), [each.meta["val"] for each in inputs]
-    fixed = mask is not None or given["attn_mask"] is None
-    shape = values[0].shape
-    plain = given["scale"] is None or isclose(given["scale"], shape[-1] ** -0.5)
-    causal = given["is_causal"]
-    if not fixed or not plain or given["dropout_p"] or given["enable_gqa"]:
-        return None, ()
-    if causal and shape[-2] != values[1].shape[-2]:  # torch counts from the first key, the kernel from the last
-        return None, ()
-    if len(shape) != 4 or any(each.shape[:2] != shape[:2] for each in values) or not values[0].numel():
-        return None, ()
-    bias = None if mask is None else bias_of(mask, (shape[2], values[1].shape[2]), values[0].dtype)
-    return FusedAttention(bias, causal), inputs
-
-
-def bias_of(mask: Tensor, sides: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """A mask as numbers to be added, (W, heads or 1, T, S) for the fewest W images after which it repeats itself."""
-    if mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))
-    whole = mask.to(dtype)[(None,) * (4 - mask.ndim)].expand(-1, -1, *sides)
-    periods = (count for count in range(1, len(whole) + 1) if len(whole) % count == 0)
-    period = next(count for count in periods if torch.equal(whole[count:], whole[: len(whole) - count]))
-    return whole[:period].contiguous()
 
 
 def replace_pool(builder: GraphBuilder, node: fx.Node, given: dict[str, Any]) -> Replacement:
