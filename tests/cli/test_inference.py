@@ -6,6 +6,7 @@ import csv
 import inspect
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -138,6 +139,18 @@ def test_evaluate_takes_other_images(outcome, run, test_images, tmp_path, capsys
     assert "class 'other'" in capsys.readouterr().err
     assert main(["evaluate", str(tmp_path)]) == 4
     assert main(["evaluate", run, "--batch-size", "0"]) == 2
+
+
+def test_images_that_were_trained_on_are_said(run, test_images, tmp_path, capsys):
+    trained = test_images.parent / "train"
+    assert main(["evaluate", run, str(trained), "--json"]) == 0
+    (remark,) = json.loads(capsys.readouterr().out)["remarks"]
+    learned = int(remark.split()[0])
+    assert remark.startswith(f"{learned} of them were trained on and {12 - learned} of them were used to choose the w")
+    shutil.copytree(trained, tmp_path / "train")  # copies cannot be told from new images
+    for other in (tmp_path, test_images):
+        assert main(["evaluate", run, str(other), "--json"]) == 0
+        assert "trained on" not in capsys.readouterr().out
 
 
 def test_evaluate_takes_a_list_with_columns_of_other_names(outcome, run, test_images, capsys):

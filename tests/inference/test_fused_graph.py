@@ -123,6 +123,14 @@ def test_the_end_of_a_bottleneck():
     assert [each.epilogue.activation.name for each in graph.children()] == ["relu"]
 
 
+def test_another_activation_than_relu_after_a_sum_leaves_the_sum_in_the_convolution():
+    model = Wrapped(lambda self, x: F.leaky_relu(x + self.conv(x), 0.1), conv=nn.Conv2d(4, 4, 3, padding=1))
+    with kernels.only("onednn"):
+        graph = fused(model, 2, 4, 6, 6)
+    assert epilogues(graph) == ["add"]
+    assert left(graph) == ["leaky_relu"]
+
+
 def test_of_two_products_the_later_one_adds():
     model = Wrapped(
         lambda self, x: self.first(x) + self.second(self.first(x)), first=nn.Linear(4, 4), second=nn.Linear(4, 4)

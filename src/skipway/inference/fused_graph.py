@@ -350,7 +350,7 @@ class GraphBuilder:
         if source is not computed:
             self.graph.erase_node(source)
         following = list(whole.users)
-        if product.of_patches and len(following) == 1 and following[0].target in ACTIVATIONS:
+        if product.of_patches and len(following) == 1 and following[0].target is aten.relu.default:
             self.absorb_activation(product, following[0])
 
 

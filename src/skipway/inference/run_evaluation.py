@@ -17,7 +17,7 @@ from skipway.data.sources.index import FilesByClass, class_name, name_list
 from skipway.errors import DataError, counted, printable
 from skipway.inference.evaluation import Evaluation, evaluate
 from skipway.inference.predict import NetworkChoices, Predictor
-from skipway.inference.run_images import load_run_data
+from skipway.inference.run_images import full_name, learned_images, load_run_data
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -85,6 +85,16 @@ def doubts(evaluation: Evaluation) -> Iterator[str]:
     """A sentence where the network puts out what is no number, which is counted as an answer like others."""
     if not math.isfinite(evaluation.loss):
         yield f"the mean loss is {evaluation.loss}: outputs of the network are not finite, whose answers mean nothing"
+
+
+def known_before(path: str | Path, names: set[str]) -> Iterator[str]:
+    """A sentence where a run was trained, or its weights were chosen, on some of the images."""
+    counts = {split: len(known & names) for split, known in learned_images(path).items()}
+    if sum(counts.values()):
+        ways = (("train", "trained on"), ("validation", "used to choose the weights"))
+        parts = [f"{counts[split]} of them were {what}" for split, what in ways if counts[split]]
+        advice = "without images, `skipway evaluate` takes the test images of the run"
+        yield f"{' and '.join(parts)}: on new images the accuracy is likely to be lower; {advice}"
 
 
 def autocast_for(precision: str, device: torch.device) -> AbstractContextManager[object]:
@@ -165,7 +175,8 @@ def evaluate_images(
         first = f"; the first: {printable(unreadable[0][0])}: {unreadable[0][1]}" if unreadable else ""
         raise DataError(f"none of {counted(len(pairs), 'image')} in {printable(data)} can be read{first}")
     absent = tuple(name for name in predictor.classes if not files.get(class_name(name)))
-    remarks = [*found.left_out.sentences(), *found.remarks, *doubts(evaluation)]
+    names = {full_name(found, file) for file, _ in pairs}
+    remarks = [*found.left_out.sentences(), *found.remarks, *known_before(path, names), *doubts(evaluation)]
     if others := len(found.files) - sum(map(len, files.values())):
         remarks.append(f"the {chosen} split is evaluated, not the {counted(others, 'image')} of other splits")
     name = found.name if chosen == "train" else f"{found.name}, {chosen} split"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +12,14 @@ from torch import Tensor
 from skipway.checkpoint.files import read_json, read_safetensors
 from skipway.data import Data, load
 from skipway.data.preprocessing import Preprocessing
+from skipway.data.sources.detect import index_source
+from skipway.data.sources.index import FilesByClass, SourceIndex
 from skipway.data.split import read_split
 from skipway.errors import CheckpointError, DataError, SkipwayError, counted, printable
 from skipway.inference.predict import read_inputs, weights_file
 from skipway.recipe import Recipe, ResolvedRecipe
 
-__all__ = ["RunImages", "load_run_data"]
+__all__ = ["RunImages", "full_name", "learned_images", "load_run_data"]
 
 CPU = torch.device("cpu")
 BATCH = 256
@@ -54,6 +57,42 @@ def load_run_data(path: str | Path, preprocessing: Preprocessing, instead: str) 
             f"{instead}"
         )
     return data, recipe
+
+
+def learned_images(path: str | Path) -> dict[str, set[str]]:
+    """The files that a run was trained on and that its weights were chosen on, by split; empty where that is not known.
+
+    Args:
+        path: the run folder, or a file of weights in it.
+    """
+    try:
+        file = weights_file(path).parent / "config.json"
+        recipe = ResolvedRecipe.of(Recipe.from_json(read_json(file)["recipe"], printable(file)))
+        choices = {name: value for name, value in recipe.data_choices().items() if name in INDEXED}
+        if recipe.data is None:  # the bundled digits
+            return {}
+        index = index_source(recipe.data, allow_empty=True, fewest=1, **choices)
+        listed = read_split(file.with_name("split.json"))
+    except (SkipwayError, KeyError, TypeError):  # weights alone, text, or images that are no longer there
+        return {}
+    return {
+        split: {full_name(index, name) for name in (listed[split] if listed else names_of(getattr(index, split)))}
+        for split in ("train", "validation")
+    }
+
+
+INDEXED = ("outside", "columns", "subfolders")
+"""Choices of a recipe that say where a source has its images."""
+
+
+def full_name(index: SourceIndex, name: str) -> str:
+    """The path of an image of a source; of one in an archive, as if it were a file beside it."""
+    return os.path.join(index.root.resolve(), name)
+
+
+def names_of(files: FilesByClass | None) -> list[str]:
+    """The names of all images of a split."""
+    return [name for members in (files or {}).values() for name in members]
 
 
 class RunImages:

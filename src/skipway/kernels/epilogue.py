@@ -68,7 +68,7 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "gelu": lambda x, algorithm: F.gelu(x, approximate=algorithm),
 }
 """Activations in torch, by oneDNN's names."""
-GELU = Activation("gelu", (), "none")
+GELU, RELU = Activation("gelu", (), "none"), Activation("relu")
 JOINED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"add": torch.add, "mul": torch.mul}
 
 
@@ -215,6 +215,12 @@ def patches_in_place(
     return operator.binary(other, x, packed.weight, bias, *geometry.attributes, epilogue.joined, 1.0, *unary)
 
 
+def fits_patches(*arguments: Any) -> bool:
+    """Whether oneDNN has the convolution: of activations after a tensor that it joins, torch offers ReLU alone."""
+    epilogue, _, packed = arguments[-3:]
+    return packed.weight is not None and (epilogue.joined is None or epilogue.activation in (None, RELU))
+
+
 def pixel_by_pixel(
     x: Tensor,
     weight: Any,
@@ -273,7 +279,7 @@ def fits_depthwise(
 product_of_patches = add_kernel(
     "convolution with epilogue",
     patches_reference,
-    Implementation("onednn", patches_in_one, lambda *given: given[-1].weight is not None),
+    Implementation("onednn", patches_in_one, fits_patches),
     Implementation("pixels", pixel_by_pixel, fits_pixels),
     Implementation("native", channel_by_channel, fits_depthwise),
 )

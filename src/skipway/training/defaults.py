@@ -208,7 +208,7 @@ def decide(
         images, steps = counted(case.images, "image"), counted(max(1, case.images // REFERENCE_BATCH), "step")
         report(
             "batch",
-            f"{values['batch_size']}, since with {REFERENCE_BATCH} an epoch of {images} would be {steps}; "
+            f"{values['batch_size']}, since with {REFERENCE_BATCH} an epoch of about {images} would be {steps}; "
             f"{spell('batch_size', 'N')} takes another",
         )
     taken: dict[str, Any] = {name: value for name, value in values.items() if getattr(recipe, name) is None}
