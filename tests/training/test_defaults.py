@@ -103,7 +103,7 @@ def test_small_images_keep_their_size_and_get_a_batch_for_their_number(at_hand):
     few, heard = dataclasses.replace(SMALL, images=300, training=300), Heard()
     assert decide(Recipe(), few, CPU, 1, heard.message).batch_size == 32  # 128 would be one or two steps an epoch
     assert heard.text("batch") == (
-        "32, since with 128 an epoch of 216 images would be 1 step; batch_size='N' takes another"
+        "32, since with 128 an epoch of about 216 images would be 1 step; batch_size='N' takes another"
     )
     assert decided(summary=dataclasses.replace(SMALL, channels=1))[1] == ""
 
