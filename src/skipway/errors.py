@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -26,6 +28,7 @@ __all__ = [
     "spell",
     "spelling",
     "suggest",
+    "warn_caller",
 ]
 
 # names that `suggest` shows: close ones, and others
@@ -212,3 +215,11 @@ def suggest(kind: str, name: str, known: Iterable[str], command: str = "") -> st
         return f"unknown {kind} {name!r}; there are: {', '.join(known)}"
     listed = f"{', '.join(known[:MAX_LISTED])} … and {len(known) - MAX_LISTED:,} more"
     return f"unknown {kind} {name!r}; there are: {listed}" + f" ({command} lists them)" * bool(command)
+
+
+def warn_caller(sentence: str) -> None:
+    """Warn in the name of the line outside of Skipway and torch that made the call."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("skipway", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(sentence, stacklevel=level)

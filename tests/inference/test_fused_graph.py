@@ -539,8 +539,9 @@ def test_several_inputs_and_outputs_in_containers(example, sizes):
             for one, other in zip(ours["parts"], theirs["parts"], strict=True):
                 assert torch.allclose(one, other, atol=1e-5)
         given["doubled"] = False
-        with pytest.warns(UserWarning, match="other shapes, types or names"):  # the flag is part of the graph
+        with pytest.warns(UserWarning, match="other shapes, types or names") as said:  # the flag is part of the graph
             assert torch.equal(fast(**given)["parts"][1], model(**given)["parts"][1])
+        assert said[0].filename == __file__
 
 
 def test_outputs_have_the_types_of_the_networks():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import os
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from skipway.errors import SkipwayError
+from skipway.errors import SkipwayError, warn_caller
 from skipway.inference.backends import Backend, Choice, Run
 from skipway.inference.outputs import is_rounding
 from skipway.tracing.containers import ATOMS, CLOSED, map_tensors, tensors_in
@@ -441,10 +440,9 @@ class PieceRun:
         """Say once for each batch size that part of it is slow."""
         if count not in self.remarked:
             self.remarked.add(count)
-            warnings.warn(
+            warn_caller(
                 f"a batch of {count}: it was optimized for pieces of {self.size}, so {left} of it run in plain torch, "
-                f"which is slower; give multiples of {self.size}, or optimize for this size",
-                stacklevel=5,
+                f"which is slower; give multiples of {self.size}, or optimize for this size"
             )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from skipway.checkpoint.files import write_atomically
-from skipway.errors import SkipwayError, counted, first_line, printable, suggest
+from skipway.errors import SkipwayError, counted, first_line, printable, suggest, warn_caller
 from skipway.hardware.processor import cpu_flags
 from skipway.inference.answer_check import AnswerChange, AnswerCheck, collect_images, collect_labelled
 from skipway.inference.backend_search import BackendSearch
@@ -112,10 +111,9 @@ class OptimizedModel(nn.Module):
             return self.__dict__["run"](*args, **kwargs)
         if not self.remarked:
             self.remarked = True
-            warnings.warn(
+            warn_caller(
                 f"arguments of other shapes, types or names than those it was optimized for: such calls run "
-                f"in plain torch, not in {self.choice}; optimize the model for an example of theirs, too",
-                stacklevel=4,
+                f"in plain torch, not in {self.choice}; optimize the model for an example of theirs, too"
             )
         return self.original(*args, **kwargs)
 
