@@ -1185,3 +1185,17 @@ def test_a_list_that_modules_share_until_one_replaces_it():
     after = copy_module(model)
     after[1].seen = [1]
     assert differing_state(model, after) == ["1.seen"]
+
+
+@pytest.mark.parametrize("backend", ["fused", "eager"])
+def test_a_network_that_writes_zeros_where_a_mask_hides(backend):
+    """torch.nn.TransformerEncoder does, in a fast path that other backends do not take, and not for a mask of zeros."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    example = {"src": torch.randn(3, 5, 8), "src_key_padding_mask": torch.zeros(3, 5, dtype=torch.bool)}
+    with pytest.raises(SkipwayError, match="differs by .*, where a mask ends otherwise than the example's"):
+        optimize(nn.TransformerEncoder(layer, 2).eval(), example, backends=backend, cache=False)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    fast = optimize(model, example, backends=backend, cache=False)
+    given = {**example, "src_key_padding_mask": torch.arange(5).expand(3, 5) > torch.tensor([[4], [2], [1]])}
+    with torch.no_grad():
+        assert torch.allclose(fast(**given), model(**given), atol=1e-5)

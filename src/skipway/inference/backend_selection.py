@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -121,6 +121,13 @@ def vary_constant(tensor: Tensor) -> Tensor:
     return randomize(tensor) if tensor.is_floating_point() or tensor.is_complex() else halve_whole(tensor)
 
 
+def end_otherwise(tensor: Tensor) -> Tensor:
+    """A mask that is the opposite along the end of its last axis; another tensor stays."""
+    if tensor.dtype != torch.bool or not tensor.ndim:
+        return tensor
+    return torch.cat([tensor[..., :-1], ~tensor[..., -1:]], -1)
+
+
 def call_copied(network: nn.Module, example: Any) -> Any:
     """What a network returns for a copy of an example: itself a copy, since the next call may write into it."""
     return map_tensors(torch.clone, call_with(network, map_tensors(torch.clone, example)))
@@ -190,13 +197,13 @@ class BackendComparison:
             SkipwayError: it fails on the example, or returns no tensor, or NaN alone.
         """
         kind, written = type(self.original).__name__, list[str]()
-        for given in (self.example, self.other_example()):
+        for given in (self.example, *self.other_examples()):
             fresh = map_tensors(torch.clone, given)
             try:
                 output = call_with(self.original, fresh)
             except Exception as error:  # a network raises whatever it likes
                 if self.expected and given is not self.example:
-                    break  # it takes no random numbers: indices, or a range that it asserts
+                    continue  # it takes no random numbers: indices, or a range that it asserts
                 shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_in(given))
                 why = f"this {kind} fails on its example of shape {shapes}: {root_cause(error)}"
                 raise SkipwayError(why) from error
@@ -251,14 +258,15 @@ class BackendComparison:
         self.overwritten = overwritten
         return "" if same else wrote
 
-    def other_example(self) -> Any:
-        """Random input of the same shape, which the model need not take; the example itself where it is no floating
-        tensor.
+    def other_examples(self) -> Iterator[Any]:
+        """Inputs of the same shapes that the model need not take: random ones for a floating tensor, and masks that
+        end otherwise, since a network may read them (`torch.nn.TransformerEncoder` writes zeros where a mask hides).
         """
         x = self.example
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            return x
-        return torch.randn(x.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(x)
+        if isinstance(x, Tensor) and x.is_floating_point():
+            yield torch.randn(x.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(x)
+        if any(each.dtype == torch.bool and each.ndim for each in tensors_in(x)):
+            yield map_tensors(end_otherwise, x)
 
     def fresh(self, example: Any) -> Any:
         """The example, or a copy of it for a model that writes into its input."""
@@ -355,6 +363,7 @@ class BackendComparison:
         large; empty where it is not. What the original writes into its arguments counts as what it returns.
         """
         allowed, gap, share = TOLERANCES[choice.precision] if tolerance is None else tolerance, 0.0, 0.0
+        where = ""
         pairs = self.expected
         if choice.precision == INT8 and self.quantized is not None:
             allowed, pairs = TOLERANCES[INT8], [(self.quantized.example, self.quantized.outputs, None)]
@@ -364,7 +373,10 @@ class BackendComparison:
             output = call_with(run, fresh)
             self.finish()
             self.judged[choice] = self.clock() - start  # of the last one: the first may compile
-            gap, share = max(gap, output_difference(expected, output)), max(share, whole_share(expected, output))
+            found = output_difference(expected, output)
+            if found > max(gap, allowed) and given is not self.example and not isinstance(given, Tensor):
+                where = ", where a mask ends otherwise than the example's"
+            gap, share = max(gap, found), max(share, whole_share(expected, output))
             if self.writes and written is not None and (lost := output_difference(written, fresh)) > allowed:
                 return lost, f"{WRITES}, and this choice writes something else, or into a copy; {WITHOUT_WRITES}"
         self.changed[choice] = share
@@ -373,7 +385,7 @@ class BackendComparison:
         if gap == share:
             found = f"{gap:.1%} of the whole numbers that it returns (classes, tokens)"
             return gap, f"{found} are not the original's, more than {allowed:.1%}"
-        return gap, f"differs by {gap:.1e} of the largest output, more than {allowed:g}"
+        return gap, f"differs by {gap:.1e} of the largest output, more than {allowed:g}{where}"
 
     def remarks(self, choice: Choice) -> list[str]:
         """What there is to know about a choice that agrees."""
