@@ -660,3 +660,62 @@ def test_weights_of_an_image_network_beside_a_config_of_another(tmp_path, name, 
     (tmp_path / "config.json").write_text(json.dumps({**described, **changed}))
     with pytest.raises(sw.CheckpointError, match=said):
         sw.load(model, tmp_path, names="huggingface")
+
+
+class Renamed(nn.Module):
+    """Weights that were called otherwise, and hold half of what they did, with a table that is computed from them."""
+
+    def __init__(self):
+        super().__init__()
+        self.map = nn.Linear(2, 2, bias=False)
+        self.register_buffer("table", torch.zeros(2), persistent=False)
+        self.register_load_state_dict_pre_hook(self.read_old)
+        self.register_load_state_dict_post_hook(lambda module, keys: module.fill())
+
+    def read_old(self, module, state, prefix, metadata, strict, missing, unexpected, errors):
+        if (old := state.pop(f"{prefix}kernel", None)) is not None:
+            state[f"{prefix}map.weight"] = old / 2
+        if f"{prefix}broken" in state:
+            errors.append(f"{prefix}broken was never released")
+
+    def fill(self):
+        self.table.copy_(self.map.weight.detach().sum(0))
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_loading_hooks_are_called(prefix):
+    model = nn.Sequential(Renamed(), nn.Linear(2, 1))
+    state = {"0.kernel": torch.ones(2, 2), "1.weight": torch.ones(1, 2), "1.bias": torch.ones(1)}
+    given = {prefix + name: tensor for name, tensor in state.items()}
+    sw.load(model, given, remark=lambda sentence: None)
+    assert torch.equal(model[0].map.weight, torch.full((2, 2), 0.5))
+    assert torch.equal(model[0].table, torch.ones(2))
+    assert list(given) == [prefix + name for name in state]
+
+
+def test_weight_norm_of_before_parametrizations_loads_as_torch_loads_it():
+    made = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)))
+    twin = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)))
+    state = {"0.weight_g": torch.rand(4, 1), "0.weight_v": torch.randn(4, 3), "0.bias": torch.randn(4)}
+    sw.load(made, state)
+    twin.load_state_dict(state)
+    assert torch.equal(made[0].weight, twin[0].weight)
+
+
+def test_hooks_that_fail_and_methods_in_their_place_are_refused():
+    class Own(nn.Linear):
+        def _load_from_state_dict(self, *given):
+            super()._load_from_state_dict(*given)
+
+    model = nn.Sequential(Renamed())
+    before = model[0].map.weight.detach().clone()
+    with pytest.raises(sw.CheckpointError, match="a loading hook of 0 reports: 0.broken was never released"):
+        sw.load(model, {"0.broken": torch.ones(1), "0.map.weight": torch.ones(2, 2)})
+    model.register_load_state_dict_pre_hook(lambda *given: 1 / 0)
+    with pytest.raises(
+        sw.CheckpointError, match=r"hook of the network \(Sequential\) raises ZeroDivisionError"
+    ):
+        sw.load(model, {"0.map.weight": torch.ones(2, 2)})
+    assert torch.equal(model[0].map.weight, before)
+    with pytest.raises(sw.CheckpointError, match=r"0 \(Own\) loads its weights by a method of its own"):
+        sw.load(nn.Sequential(Own(1, 1)), {"0.weight": torch.ones(1, 1), "0.bias": torch.ones(1)})

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 
-from skipway.errors import SkipwayError
+from skipway.errors import SkipwayError, first_line
 
 __all__ = [
     "KERNELS",
@@ -273,11 +273,6 @@ def fastest_calls(
         if turn + 1 >= ROUNDS and spent >= SECONDS:
             break
     return seconds
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what an error says."""
-    return str(error).partition("\n")[0]
 
 
 def seconds_of_call(implementation: Implementation, arguments: tuple[Any, ...]) -> float:

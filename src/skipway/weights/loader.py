@@ -22,6 +22,7 @@ from skipway.weights.extra_state import extra_state_owners, refuse_copies, write
 from skipway.weights.files import read_weights
 from skipway.weights.forms import describe_forms
 from skipway.weights.keymap import KeyMap, equal_tensors
+from skipway.weights.loading_hooks import after_loading, before_loading
 from skipway.weights.prefixes import names_of_same, own_state, strip_prefixes
 from skipway.weights.stored_config import refuse_other_config
 from skipway.weights.tables import find_keymap, guess_architecture, known_libraries
@@ -165,7 +166,8 @@ def load(
     """Load weights into `model` in place, strictly: every key on both sides has to fit, else nothing is changed.
 
     Prefixes of wrappers (`module.`, `_orig_mod.`, `model.`, any other) are dropped where the names fit without them.
-    Extra state of modules (`get_extra_state`) that is a tensor, of any shape, goes through their `set_extra_state`.
+    Extra state of modules (`get_extra_state`) that is a tensor, of any shape, goes through their `set_extra_state`, and
+    hooks for loading (`register_load_state_dict_pre_hook`, `…_post_hook`) are called.
     Each difference that is to be allowed is one word of `adapt`; `match` tells the effect of each:
 
     | choice | what may differ | what happens |
@@ -194,7 +196,8 @@ def load(
 
     Raises:
         CheckpointError: a file that cannot be read safely, or keys that do not fit, each named, with the choice that
-            would allow it; or a module whose extra state is no tensor, or cannot be set, or whose
+            would allow it; a loading hook that fails, or a module with a `_load_from_state_dict` of its own; or a
+            module whose extra state is no tensor, or cannot be set, or whose
             `state_dict()` returns copies, so that there is nothing to write into.
         MissingExtraError: a name on the hub without huggingface_hub.
 
@@ -243,7 +246,9 @@ def load_state(
         CheckpointError: as `load`; the network is unchanged.
     """
     network = unwrap(network)
+    state, remarks = before_loading(network, state)
     report = match(network, state, names=names, adapt=adapt, classifiers=classifiers)
+    report.remarks[:0] = remarks
     if not report.fits:
         raise CheckpointError(
             f"the weights do not fit this {type(network).__name__} ({spell('names', names)}):\n"
@@ -268,6 +273,7 @@ def load_state(
     places = {key: own[key] for key in ready}
     refuse_copies(places, own_state(network), owners)
     write_state(places, ready.items(), owners)
+    after_loading(network)
     odd = [key for key, tensor in ready.items() if tensor.is_floating_point() and not bool(tensor.isfinite().all())]
     if odd:
         report.remarks.append(f"values that are not finite, in {counted(len(odd), 'tensor')}: {cut(odd)}")
