@@ -712,9 +712,7 @@ def test_hooks_that_fail_and_methods_in_their_place_are_refused():
     with pytest.raises(sw.CheckpointError, match="a loading hook of 0 reports: 0.broken was never released"):
         sw.load(model, {"0.broken": torch.ones(1), "0.map.weight": torch.ones(2, 2)})
     model.register_load_state_dict_pre_hook(lambda *given: 1 / 0)
-    with pytest.raises(
-        sw.CheckpointError, match=r"hook of the network \(Sequential\) raises ZeroDivisionError"
-    ):
+    with pytest.raises(sw.CheckpointError, match=r"hook of the network \(Sequential\) raises ZeroDivisionError"):
         sw.load(model, {"0.map.weight": torch.ones(2, 2)})
     assert torch.equal(model[0].map.weight, before)
     with pytest.raises(sw.CheckpointError, match=r"0 \(Own\) loads its weights by a method of its own"):
