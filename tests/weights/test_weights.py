@@ -17,6 +17,7 @@ from torch import nn
 import skipway as sw
 from benchmarks.twin import ClassicBottleneck, ClassicResNet
 from skipway.checkpoint.state import load_model_state
+from skipway.training.initial_weights import load_initial_weights
 from skipway.weights import KeyRule, export_names, match
 from skipway.weights.forms import describe_forms
 
@@ -656,10 +657,18 @@ def test_weights_of_an_image_network_beside_a_config_of_another(tmp_path, name, 
     state = {key: tensor.clone() for key, tensor in export_names(model, "huggingface").items()}
     save_file(state, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(described))
-    sw.load(model, tmp_path, names="huggingface")
+    recipe = sw.Recipe(model=name, start=str(tmp_path), weights_names="huggingface")
+    example = torch.zeros(1, 3, 32, 32)
+    ways = (
+        lambda: sw.load(model, tmp_path, names="huggingface"),
+        lambda: load_initial_weights(model, recipe, ("a", "b", "c"), example, lambda sentence: None),
+    )
+    for load in ways:
+        load()
     (tmp_path / "config.json").write_text(json.dumps({**described, **changed}))
-    with pytest.raises(sw.CheckpointError, match=said):
-        sw.load(model, tmp_path, names="huggingface")
+    for load in ways:
+        with pytest.raises(sw.CheckpointError, match=said):
+            load()
 
 
 class Renamed(nn.Module):

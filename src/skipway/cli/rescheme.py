@@ -65,6 +65,7 @@ def rescheme(
     from skipway.schemes.scheme import parse_scheme
     from skipway.surgery.storage import DESCRIPTION, WEIGHTS, Description
     from skipway.weights import load_state, read_source
+    from skipway.weights.stored_config import refuse_other_config
     from skipway.zoo import ModelRequest, load_model
 
     dressing = str(parse_scheme(scheme))
@@ -75,6 +76,7 @@ def rescheme(
     if weights is not None:
         with spelling(entry="weights_entry", names="weights_names", adapt="weights_adapt"):
             allowed = tuple(filter(None, weights_adapt.split(",")))
+            refuse_other_config(loaded.model, str(weights), weights_names)
             source = read_source(str(weights), weights_entry, print_note)
             load_state(loaded.model, source, names=weights_names, adapt=allowed, remark=print_note)
     options = {name: value for name, value in (("depth", depth), ("classes", classes)) if value is not None}

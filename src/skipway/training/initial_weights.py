@@ -19,6 +19,7 @@ from skipway.surgery.classifier import find_classifiers
 from skipway.weights import load_state, match, read_source
 from skipway.weights.adapt import CHOICES
 from skipway.weights.class_rows import arrange_classes
+from skipway.weights.stored_config import refuse_other_config
 from skipway.zoo import source_of
 
 __all__ = ["adopt_data_config", "load_initial_weights", "resolve_paths"]
@@ -105,6 +106,7 @@ def load_initial_weights(
             state: Mapping[str, Tensor] = published.state
             origin, known = published.origin, None
         else:
+            refuse_other_config(model, str(recipe.start), names)
             state = read_source(str(recipe.start), recipe.weights_entry, remark)
             known = described.classes
         state, remarks = arrange_classes(model, state, names, known, classes, adapt, classifiers)
