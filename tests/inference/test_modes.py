@@ -12,6 +12,7 @@ import skipway as sw
 from skipway.data import Batch
 from skipway.inference.evaluation import evaluate
 from skipway.inference.generate import generate
+from skipway.inference.modes import eval_mode
 from skipway.inference.run_evaluation import doubts
 from skipway.inference.text_evaluation import evaluate_text
 
@@ -51,3 +52,26 @@ def test_answers_that_are_no_numbers_are_said():
     nn.init.constant_(model[1].bias, float("nan"))
     (said,) = doubts(evaluate(model, batches(), classes=3, autocast=nullcontext))
     assert "the mean loss is nan" in said
+
+
+@pytest.mark.parametrize("first_ends_first", [True, False])
+def test_of_the_contexts_of_several_threads_the_last_one_restores(first_ends_first):
+    model = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2).eval())
+    first, second = eval_mode(model), eval_mode(model)
+    first.__enter__()
+    second.__enter__()
+    one, other = (first, second) if first_ends_first else (second, first)
+    one.__exit__(None, None, None)
+    assert not any(module.training for module in model.modules()), "the other one is still at it"
+    other.__exit__(None, None, None)
+    assert [module.training for module in model.modules()] == [True, True, False]
+
+
+def test_within_a_context_the_mode_that_was_set_comes_back():
+    model = nn.Dropout()
+    with eval_mode(model):
+        model.train()
+        with eval_mode(model):
+            assert not model.training
+        assert model.training
+    assert model.training
