@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from skipway.errors import SkipwayError
 from skipway.models import build
 from skipway.nn.join import LowRankMap
 from skipway.studies.catalogue.layerscale import build_layerscale_network
@@ -73,6 +74,56 @@ def test_plain_batch_norm_explodes_backward():
 def test_nothing_overflows_at_a_depth_where_float32_would():
     found = cross(block_chain("identity", 600, width=16), batch=4)
     assert 300 < found.forward < 800
+
+
+@pytest.mark.parametrize("norm", ["none", "layer"])
+@pytest.mark.parametrize(
+    "scheme", ["dyt", "gtrxl", "mhc", "hyperconnections(2)", "gatedstreams", "attentionresiduals", "siamesenorm"]
+)
+def test_growth_is_that_of_the_whole_network(scheme, norm):
+    """Whatever a block is (bounded, gated, of several streams), autograd over all at once agrees."""
+    if scheme == "siamesenorm" and norm == "none":
+        pytest.skip("its streams are told apart by norms")
+    torch.manual_seed(0)
+    network = block_chain(scheme, 6, width=16, norm=norm)
+    found, double = cross(network, batch=8), network.double()
+    generator = torch.Generator().manual_seed(0)
+    x, gradient = (torch.randn(8, 16, generator=generator).double() for _ in range(2))
+    x = (x / x.square().mean().sqrt()).requires_grad_()
+    out = double(x)
+    (reached,) = torch.autograd.grad(out, x, gradient)
+    expected = [out.detach().square().mean(), reached.square().mean() / gradient.square().mean()]
+    assert (found.forward, found.backward) == pytest.approx([float(each.log2()) for each in expected], abs=1e-4)
+
+
+def test_equal_streams_grow_as_one():
+    """Zhu et al. 2025, eq. 14: hyper-connections start as the network with one stream, at any number of samples."""
+    found = []
+    for scheme in ("identity", "hyperconnections(4)"):
+        torch.manual_seed(0)
+        found.append(cross(block_chain(scheme, 20, width=16, norm="layer"), batch=3))
+    assert found[1].forward == pytest.approx(found[0].forward, abs=1e-4)
+    assert found[1].backward == pytest.approx(found[0].backward, abs=1e-4)
+
+
+def test_the_branches_dropped_forward_are_those_dropped_backward():
+    """y = x + b x / (1 - p) for one sample multiplies stream and gradient by the same number."""
+    network = block_chain("stochasticdepth(0.5)", 12, width=4, place="transformer")
+    for block in network:
+        block.branch = torch.nn.Linear(4, 4, bias=False)
+        torch.nn.init.eye_(block.branch.weight)
+    before = torch.random.get_rng_state()
+    found = cross(network, batch=1)
+    assert found.forward == pytest.approx(found.backward, abs=1e-4)
+    assert found.forward > 1
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_a_stream_that_vanishes_is_refused():
+    dead = block_chain("plain", 2, width=4)
+    torch.nn.init.zeros_(dead[0].branch.path()[-1].weight)
+    with pytest.raises(SkipwayError, match="the stream after block 0 of 2 has the size 0"):
+        cross(dead)
 
 
 def test_tokens_collapse_without_skips_only():

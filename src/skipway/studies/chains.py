@@ -9,11 +9,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from skipway.errors import SkipwayError
 from skipway.nn import Linear, Residual
+from skipway.nn.history import State, as_sources
 from skipway.nn.initial import HeNormal
 from skipway.nn.kit import Kit
 from skipway.nn.placement import POST_NORM, PRE_NORM, Placement
@@ -28,6 +31,9 @@ __all__ = ["Crossing", "DetachedBranch", "block_chain", "cross"]
 # linear, act, linear doubles it
 PLACEMENTS = {"pre": Placement(pre=("norm", "act"), inside=("norm",)), "post": POST_NORM, "transformer": PRE_NORM}
 NORMS = {"none": None, "layer": partial(nn.LayerNorm, eps=1e-12), "batch": partial(nn.BatchNorm1d, eps=1e-12)}
+
+# large, that maps which are bounded are told from linear ones, and a power of two, that rounding is the same
+FACTOR = 2.0**20
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,9 @@ def block_chain(
     scheme: str | Scheme, depth: int, *, width: int = 64, norm: str = "none", place: str = "pre"
 ) -> nn.Sequential:
     """Build `depth` blocks y = x + W₂ relu(norm(W₁ relu(norm(x)))) with a scheme, initialised.
+
+    Several streams, and earlier outputs, begin and end within the chain: one more module in front of the blocks, behind
+    them, or both.
 
     Args:
         scheme: a scheme or its spec string.
@@ -69,47 +78,79 @@ def block_chain(
             blocks.append(
                 Residual(**chosen.slots(site, branch=branch, shortcut=None, kit=kit, placement=PLACEMENTS[place]))
             )
-        chain = nn.Sequential(*blocks)
+        ends = chosen.open(), chosen.close(width, 0, chosen.kit(None, kit))
+        opened, closed = ([] if each is None else [each] for each in ends)
+        chain = nn.Sequential(*opened, *blocks, *closed)
     return initialise_(chain, chosen, device="cpu")  # type: ignore[return-value]
 
 
-def cross(chain: nn.Sequential, *, batch: int = 16, seed: int = 0, homogeneous: bool | None = None) -> Crossing:
+def cross(chain: nn.Sequential, *, batch: int = 16, seed: int = 0) -> Crossing:
     """Send normal inputs forward and a normal gradient backward through a chain, block by block.
 
-    Without norms a block is homogeneous, f(c x) = c f(x) for c > 0 (biases are 0 at initialisation), so the stream is
-    rescaled to size 1 after every block and the logarithm of its size added up. The backward pass is linear in the
-    gradient, which is therefore always rescaled. The parameters of `chain` are set to require no gradient, in place.
+    The backward pass is linear in the gradient, which is therefore rescaled to size 1 after every block, and the
+    logarithm of its size added up. So is the stream where all blocks are homogeneous, f(c x) = c f(x) for c > 0 (no
+    norms, no bounded maps; biases are 0 at initialisation), as comparing both sides shows. The parameters of `chain`
+    are set to require no gradient, in place.
 
     Args:
+        chain: of `block_chain`; several streams are opened by its first module and closed by its last one.
         batch: number of samples.
-        seed: of input and gradient.
-        homogeneous: whether the blocks are homogeneous; None means that there are no norms.
+        seed: of input, gradient, and branches that are dropped.
+
+    Raises:
+        SkipwayError: the stream or the gradient vanishes or is not finite, so that its size has no logarithm.
     """
-    if homogeneous is None:
-        homogeneous = not any(isinstance(module, nn.LayerNorm | nn.BatchNorm1d) for module in chain.modules())
     generator = torch.Generator().manual_seed(seed)
     width = next(module.weight.shape[-1] for module in chain.modules() if isinstance(module, nn.Linear))
-    stream = torch.randn(batch, width, generator=generator)
-    stream = stream / size(stream)
-    streams, forward = [], 0.0
-    with torch.no_grad():
-        for block in chain:
-            streams.append(stream)
-            stream = block(stream)
-            if homogeneous:
-                forward += log_size(stream)
-                stream = stream / size(stream)
-    if not homogeneous:
-        forward = log_size(stream)
-    gradient = torch.randn(batch, width, generator=generator)
-    gradient, backward = gradient / size(gradient), 0.0
+    stream, gradient = (torch.randn(batch, width, generator=generator) for _ in range(2))
     chain.requires_grad_(False)
-    for block, before in zip(reversed(chain), reversed(streams), strict=True):
-        before = before.requires_grad_()
-        (gradient,) = torch.autograd.grad(block(before), before, gradient)
-        backward += log_size(gradient)
-        gradient = gradient / size(gradient)
+    with torch.random.fork_rng(devices=()):
+        states, forward = pass_forward(chain, stream / size(stream), seed)
+        gradients, backward = [gradient / size(gradient)], 0.0
+        for number in reversed(range(len(chain))):
+            before = [each.detach().requires_grad_() for each in as_sources(states[number])]
+            state = before[0] if isinstance(states[number], Tensor) else tuple(before)
+            after = as_sources(run_block(chain, number, state, seed))
+            found = torch.autograd.grad(after, before, gradients, materialize_grads=True)
+            total = size(torch.cat(found))
+            backward += bits_of(total, f"the gradient before block {number}", chain)
+            gradients = [each / total for each in found]
     return Crossing(forward, backward)
+
+
+def pass_forward(
+    chain: nn.Sequential, stream: Tensor, seed: int, *, homogeneous: bool = True
+) -> tuple[list[State], float]:
+    """The states before all blocks, and log₂ of the growth; begun anew where a block is not homogeneous after all."""
+    states, forward, state = list[State](), 0.0, cast(State, stream)
+    for number in range(len(chain)):
+        states.append(state)
+        with torch.no_grad():
+            after = run_block(chain, number, state, seed)
+            if homogeneous and not scales(chain, number, state, after, seed):
+                return pass_forward(chain, stream, seed, homogeneous=False)
+        if homogeneous:
+            assert isinstance(after, Tensor)
+            forward += bits_of(size(after), f"the stream after block {number}", chain)
+            after = after / size(after)
+        state = after
+    if not homogeneous:
+        forward = bits_of(size(torch.cat(as_sources(state))), "the stream after the last block", chain)
+    return states, forward
+
+
+def scales(chain: nn.Sequential, number: int, state: State, after: State, seed: int) -> bool:
+    """Whether a block is homogeneous, f(c x) = c f(x): exactly, since c is a power of two."""
+    if not isinstance(state, Tensor) or not isinstance(after, Tensor):  # a history, which would be copied at each block
+        return False
+    larger = run_block(chain, number, FACTOR * state, seed)
+    return isinstance(larger, Tensor) and torch.equal(larger, FACTOR * after)
+
+
+def run_block(chain: nn.Sequential, number: int, state: State, seed: int) -> State:
+    """A block's output, with the same random numbers at every call."""
+    torch.default_generator.manual_seed(seed + number)
+    return chain[number](state)
 
 
 class DetachedBranch(nn.Module):
@@ -128,6 +169,11 @@ def size(x: Tensor) -> Tensor:
     return x.double().square().mean().sqrt().float()
 
 
-def log_size(x: Tensor) -> float:
-    """log₂ of the second moment."""
-    return math.log2(max(float(x.double().square().mean()), 1e-300))
+def bits_of(size: Tensor, what: str, chain: nn.Sequential) -> float:
+    """log₂ of the second moment that belongs to a root mean square."""
+    if not 0 < float(size) < math.inf:
+        raise SkipwayError(
+            f"{what} of {len(chain)} has the size {float(size):g}, of which there is no logarithm; take fewer or wider "
+            "blocks, or a scheme that keeps its size"
+        )
+    return 2 * math.log2(float(size))

@@ -101,8 +101,8 @@ class KeelStudy(VariantStudy):
         scheme, place = SCHEMES.get(cell["scheme"], (cell["scheme"], "pre"))
         blocks = block_chain(scheme, cell["depth"], width=cell["width"], norm="layer", place=PLACES[place])
         if cell["kind"] == "skips":
-            for block in blocks:
-                block.branch = DetachedBranch(block.branch)  # type: ignore[arg-type]
+            for connection in chain(blocks):
+                connection.residual.branch = DetachedBranch(connection.residual.branch)
         row: Row = {"backward": cross(blocks, seed=cell["seed"]).backward}
         if cell["kind"] == "skips" and cell["scheme"] in SCHEMES:
             row["backward_theory"] = skip_bits(cell["scheme"], cell["depth"])
