@@ -659,3 +659,50 @@ def test_deepnorm_leaves_the_maps_of_gates_alone():
     assert sizes == {
         name: pytest.approx(factor * he, rel=0.1) for name, factor in zip(sizes, (beta, beta, 1), strict=True)
     }
+
+
+class TwoConvsPostNorm(TwoConvs):
+    """y = norm(x + conv3(h) + conv1(h))."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(x)
+        return self.norm(x + (self.conv3(h) + self.conv1(h)))
+
+
+def test_deepnorm_needs_no_order_of_maps():
+    """y = norm(αx + F), and β for every map (Wang et al. 2022, fig. 2), also where branches are added."""
+    torch.manual_seed(0)
+    x, depth = torch.randn(2, 6, 5, 5), 64
+    model = nn.Sequential(*(TwoConvsPostNorm() for _ in range(depth))).eval()
+    before = model(x).detach()
+    rescheme(copy.deepcopy(model), x, "deepnorm")  # checks that the outputs stay
+    operation = rescheme(model, x, "deepnorm", start="scheme")
+    assert len(operation.touched) == depth
+    for name, fan in (("conv3", 54), ("conv1", 6)):
+        size = torch.stack([getattr(block, name).weight for block in model]).std().detach()
+        assert float(size) == pytest.approx((4 * depth) ** -0.25 * (2 / fan) ** 0.5, rel=0.1)
+    block, h = TwoConvsPostNorm(), x.relu()
+    block.load_state_dict(model[0].state_dict())
+    expected = block.norm(depth**0.25 * x + block.conv3(h) + block.conv1(h))
+    torch.testing.assert_close(copy.deepcopy(model[0]).train()(x), expected, rtol=1e-4, atol=1e-4)
+    operation.undo()
+    assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize(
+    ("form", "maps"),
+    [
+        (lambda m, x, t: m.a(x) * m.b(x).sigmoid(), ("a", "b")),
+        (lambda m, x, t: (f := m.a(x)) * m.b(f).sigmoid(), ("a",)),
+        (lambda m, x, t: m.a(x) + m.b(t), ("a",)),
+        (lambda m, x, t: torch.cat([m.a(x)[:, :3], m.b(x)[:, 3:]], 1), ("a", "b")),
+    ],
+    ids=["gated perceptron", "its own gate", "added from outside", "joined"],
+)
+def test_maps_that_the_signal_crosses_in_any_order(form, maps):
+    seen = sw.chain(Written(form).eval(), (torch.randn(3, 6), torch.randn(3, 6)))[0].seen
+    assert seen.signal_maps == maps

@@ -59,7 +59,7 @@ class DeepNorm(Scheme):
 
     def init_(self, chain: Chain) -> None:
         factor = self.shrink(len(chain))
-        chain.multiply_maps_((each, factor) for connection in chain for each in connection.path)
+        chain.multiply_maps_((each, factor) for connection in chain for each in connection.signal_maps)
 
     @staticmethod
     def shrink(branches: int) -> float:

@@ -234,7 +234,6 @@ class Dressing:
             raise SkipwayError(self.unfit[connection.name])
         parts = branch_parts(self.scheme, connection, self.program, from_scratch=self.start == "scheme")
         insert_parts(self.change, connection, parts, divide=self.start != "scheme")
-        skip = None if parts.skip == 1 else Multiply(1 / parts.skip)
         try:
             points = find_insertion_points(self.change.model, self.program, connection)
             if parts.closes and len(points) > 1:
@@ -248,7 +247,7 @@ class Dressing:
         except SkipwayError as problem:
             obstacle, points, sites = problem, (), [connection.site]
         closing = [BlendedNorm(site.dim, spatial=site.spatial) if parts.closes else None for site in sites]
-        inserted = [self.scales(site, norm, skip) for site, norm in zip(sites, closing, strict=True)]
+        inserted = [self.scales(site, norm, parts.skip) for site, norm in zip(sites, closing, strict=True)]
         if not any(inserted):
             if not parts and not self.from_scratch:
                 raise SkipwayError(f"{self.scheme} inserts nothing after a branch")
@@ -263,9 +262,10 @@ class Dressing:
         notes = {note for each in inserted for part in each if (note := getattr(part, "neutral_note", ""))}
         return ", ".join([*map(str, points), *(notes if self.start != "scheme" else ())])
 
-    def scales(self, site: Site, norm: nn.Module | None, skip: nn.Module | None) -> list[nn.Module]:
-        """The modules that the scheme puts after a branch."""
-        modules = (norm, self.scheme.scale(site), skip, self.scheme.drop(site))
+    def scales(self, site: Site, norm: nn.Module | None, skip: float) -> list[nn.Module]:
+        """The modules that the scheme puts after a branch, of which each branch of a sum has its own."""
+        divided = None if skip == 1 else Multiply(1 / skip)
+        modules = (norm, self.scheme.scale(site), divided, self.scheme.drop(site))
         return [module for module in modules if module is not None]
 
     def place_drops(self, point: InsertionPoint, module: nn.Module) -> None:

@@ -265,14 +265,24 @@ class ValueRows(LinearMap):
 
 @dataclass(frozen=True)
 class StartedConnection(WatchedConnection):
-    """A connection whose path holds the maps that a scheme initialises: of attention values and outputs, of others
-    those that follow one another, without the maps of gates.
+    """A connection with the maps that a scheme initialises: of attention values and outputs, of others those that the
+    signal crosses, without the maps of gates.
     """
 
     @property
     def path(self) -> list[LinearMap]:
+        if self.seen.kind != "attention" and self.seen.maps and not self.seen.path:
+            raise SkipwayError(
+                f"connection {self.name!r}: {', '.join(self.seen.maps)} do not follow one another (branches in "
+                "it are added, joined, or multiplied at its end), and a scheme that starts the last map of a branch, "
+                "or counts its maps, says nothing of those"
+            )
+        return self.signal_maps
+
+    @property
+    def signal_maps(self) -> list[LinearMap]:
         found: list[LinearMap] = []
-        for name in self.seen.maps if self.seen.kind == "attention" else self.seen.path:
+        for name in self.seen.maps if self.seen.kind == "attention" else self.seen.signal_maps:
             module = self.model.get_submodule(name)
             if isinstance(module, nn.MultiheadAttention):
                 found.append(ValueRows(module, slice(2 * module.embed_dim, 3 * module.embed_dim)))
@@ -290,7 +300,8 @@ def start_network(change: Transaction, chain: Chain[WatchedConnection], scheme: 
 
     Raises:
         SkipwayError: a map on a branch is none of torch's, belongs to attention whose values cannot be told apart, or
-            has a weight that is computed in every pass; or the maps do not follow one another.
+            has a weight that is computed in every pass; or the scheme asks for their order, and they do not follow one
+            another.
     """
     model = chain.model
     connections = [StartedConnection(c.name, c.site, c.seen, model) for c in chain]
@@ -302,7 +313,7 @@ def start_network(change: Transaction, chain: Chain[WatchedConnection], scheme: 
         kit = probe_kit(connection)
         other = scheme.kit(connection.site, kit)
         if other != kit:
-            check_path(connection)
+            check_maps(connection)
             for name in connection.seen.maps:
                 restart(model.get_submodule(name), other.conv(1, 1, 1), other.linear(1, 1))
     scheme.init_(Chain(model, connections, None if own else last))
@@ -311,8 +322,8 @@ def start_network(change: Transaction, chain: Chain[WatchedConnection], scheme: 
         raise computed_weight("the bias of the classifier")
 
 
-def check_path(connection: StartedConnection) -> None:
-    """Refuse a path that holds more than the maps that a scheme initialises, or weights that are computed."""
+def check_maps(connection: StartedConnection) -> None:
+    """Refuse a branch that holds other maps than those that a scheme initialises, or weights that are computed."""
     for name in connection.seen.maps:
         module = connection.model.get_submodule(name)
         for weight in ("weight", "in_proj_weight"):
@@ -325,12 +336,6 @@ def check_path(connection: StartedConnection) -> None:
                 f"connection {connection.name!r}: {name} ({type(module).__name__}) is started with factors of its own "
                 "for values and outputs, and which of its rows are values cannot be told from outside"
             )
-    if connection.seen.kind != "attention" and connection.seen.maps and not connection.seen.path:
-        raise SkipwayError(
-            f"connection {connection.name!r}: {', '.join(connection.seen.maps)} do not follow one another (branches in "
-            "it are added, joined, or multiplied at its end), and a scheme that starts the last map of a branch, or "
-            "counts its maps, says nothing of those"
-        )
 
 
 def restart(module: nn.Module, conv: nn.Module, linear: nn.Module) -> None:

@@ -78,6 +78,7 @@ class BranchReader(Walker):
         start, branch = (way.start, found.branch) if streams is None else (streams.read, streams.branch)
         crossed = list(program.between(start, branch))
         maps = [member for member in crossed if effective_part(member) == "map"]
+        signal_maps, in_order = self.path(branch, start)
         last = self.closing(branch, start)
         closing = last if last is not None and effective_part(last) == "norm" else None
         last_map = self.last_map(branch, start)
@@ -99,7 +100,8 @@ class BranchReader(Walker):
                 if effective_part(member) in {"map", "norm"}
             ),
             maps=unique(self.program.weight_owner(member) for member in maps),
-            path=self.path(branch, start),
+            path=signal_maps if in_order else (),
+            signal_maps=signal_maps,
             modules=unique(member.owner for member in crossed),
             norms=placings,
             closing=None if closing is None or joined else closing.norm or self.program.weight_owner(closing),
@@ -171,12 +173,12 @@ class BranchReader(Walker):
             factor *= value.factor
         return factor
 
-    def path(self, branch: int, start: int) -> tuple[str, ...]:
-        """The maps that follow one another up to the end of a branch, in order, without those of what is added to them
-        from outside of it; of a product those of `gated`. None at all where tensors of the branch are added or joined
-        on the way, or where a branch could be other than 0 though its last map is 0.
+    def path(self, branch: int, start: int) -> tuple[tuple[str, ...], bool]:
+        """The maps up to the end of a branch, in order, without those of what is added to them from outside of it; of a
+        product those of `gated`. And whether they follow one another: not where tensors of the branch are added or
+        joined on the way, or where a branch could be other than 0 though its last map is 0.
         """
-        maps, waiting, seen = list[Value](), [branch], {start}
+        maps, waiting, seen, in_order = list[Value](), [branch], {start}, True
         while waiting:
             number = waiting.pop()
             if number in seen:
@@ -193,19 +195,19 @@ class BranchReader(Walker):
             elif is_product and len(inside) > 1:
                 inside = self.gated(inside)
             if value.part == "join" or not inside:
-                return ()
+                in_order = False
             if len(inside) > 1 and not is_product:
                 near = set().union(*(self.nearest_maps(each, start) for each in inside))
                 if len(near) > 1 or (not maps and near == {start}):
-                    return ()  # of one map it is an activation that is written out
+                    in_order = False  # of one map it is an activation that is written out
             if not maps and outside and not is_product:
-                return ()
+                in_order = False
             if not maps and len(inside) > 1 and len({self.last_map(each, start) for each in inside}) > 1:
-                return ()  # a product of two maps: with one of them 0, the activation behind it need not be
+                in_order = False  # a product of two maps: with one of them 0, the activation behind it need not be
             if effective_part(value) == "map":
                 maps.append(value)
             waiting += inside
-        return unique(self.program.weight_owner(each) for each in sorted(maps, key=lambda each: each.number))
+        return unique(self.program.weight_owner(each) for each in sorted(maps, key=lambda each: each.number)), in_order
 
     def nearest_maps(self, number: int, start: int) -> set[int]:
         """The maps, or the start, that a value is computed from without another map between."""

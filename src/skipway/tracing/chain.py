@@ -63,6 +63,11 @@ class Connection:
         """The linear maps of the branch, in the order in which the signal crosses them."""
         return self.branch.path()
 
+    @property
+    def signal_maps(self) -> list[LinearMap]:
+        """The same, for schemes to which their order does not matter."""
+        return self.path
+
     @torch.no_grad()
     def multiply_(self, factor: float, done: set[Any] | None = None) -> None:
         """Multiply what the branch puts out, in place: at its closing norm where it has one, else at its last map.
@@ -139,6 +144,11 @@ class WatchedConnection:
         if residual is not None and isinstance(residual.branch, Branch):
             return residual.branch.path()
         return [LinearMap(self.model.get_submodule(name)) for name in self.seen.maps]
+
+    @property
+    def signal_maps(self) -> list[LinearMap]:
+        """The same, for schemes to which their order does not matter."""
+        return self.path
 
     @property
     def end_modules(self) -> list[nn.Module]:

@@ -132,6 +132,7 @@ class ResidualAdd:
         maps: modules that own the linear maps of the branch, in order; attention's queries and keys among them.
         path: those of the maps that follow one another from the skip to the sum, without the maps of gates that are
             smaller than what they multiply; none in attention, and where branches are added or joined.
+        signal_maps: the same maps, also where branches are added or joined.
         modules: all modules that the branch runs in, in order.
         norms: positions of norms: "pre", "inside" or "end" of the branch, "post" after the sum.
         closing: the norm at the end of the branch, None where there is none or several are joined.
@@ -160,6 +161,7 @@ class ResidualAdd:
     shortcut: tuple[str, ...]
     maps: tuple[str, ...]
     path: tuple[str, ...]
+    signal_maps: tuple[str, ...]
     modules: tuple[str, ...]
     norms: tuple[NormPosition, ...]
     closing: str | None
