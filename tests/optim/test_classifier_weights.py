@@ -131,14 +131,18 @@ def test_a_frozen_classifier_is_no_other_matrix(example):
     assert names(model, "matrices", example) == {"0.weight", "2.weight"}
 
 
-def test_kernels_are_depthwise_by_their_groups():
-    """A kernel of one input channel mixes channels unless each has a group of its own; no weight of one axis does."""
-    stem, depthwise = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3, groups=4)
-    model = nn.Sequential(stem, depthwise, nn.Conv2d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(16, 3))
+def test_kernels_are_stacks_of_matrices_by_their_groups():
+    """Muon would make the rows of (out, in / g · k²) orthogonal across groups: in the map that they belong to, which is
+    block-diagonal, they are so whatever the weights. A kernel of one input channel mixes channels without groups, and
+    is a matrix; no weight of one axis is.
+    """
+    stem, depthwise, grouped = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 4, 3, groups=2)
+    transposed, whole = nn.ConvTranspose2d(4, 4, 1, groups=2), nn.Conv2d(4, 4, 1)
+    model = nn.Sequential(stem, depthwise, grouped, transposed, whole, nn.Flatten(), nn.Linear(16, 3))
     model.register_parameter("row", nn.Parameter(torch.ones(4)))
     model.role = sw.nn.Role("weight", decay=True)
-    assert names(model, "matrices") == {"0.weight", "2.weight"}
-    assert names(model, "classifier") == {"4.weight"}
+    assert names(model, "matrices") == {"0.weight", "4.weight"}
+    assert names(model, "classifier") == {"6.weight"}
 
 
 @pytest.mark.parametrize(

@@ -67,8 +67,9 @@ def param_groups(
 
     Returns:
         dicts in the order of first appearance: `params`, `lr`, `weight_decay`, `name`, and `eps` where ε has a factor.
-        `matrices` holds the places in `params` of matrices and kernels of convolutions, without depthwise kernels,
-        stacks of matrices (experts) and the classifier; `classifier` those of the weights that make the scores.
+        `matrices` holds the places in `params` of matrices and kernels of convolutions, without stacks of matrices
+        (experts, kernels of grouped and depthwise convolutions) and the classifier; `classifier` those of the weights
+        that make the scores.
 
     >>> import skipway as sw
     >>> for group in param_groups(sw.build("resnet20", scheme="fixup"), lr=0.1, weight_decay=5e-4):
@@ -153,13 +154,14 @@ def watched_once(model: nn.Module, example: Example | Program | None) -> Example
 
 
 def is_matrix(owner: nn.Module, parameter: nn.Parameter) -> bool:
-    """Whether a weight mixes channels: a matrix, or a kernel that is not depthwise. Weights of three axes that are none
-    of a convolution, such as those of experts (E, in, out), are stacks of matrices, and no matrix.
+    """Whether a weight is one matrix, as the kernel of a convolution without groups is, a row per output channel. With
+    groups, which have inputs of their own, it is a stack of matrices (of one row each where it is depthwise), and so
+    are weights of three axes that are none of a convolution, such as those of experts (E, in, out).
     """
     if parameter.ndim < 3:
         return parameter.ndim == 2
     if isinstance(owner, _ConvNd):
-        return parameter.shape[1] > 1 or owner.groups == 1
+        return owner.groups == 1
     return parameter.ndim > 3 and parameter.shape[1] > 1
 
 

@@ -168,10 +168,11 @@ class Muon:
     of every shape the root mean square 0.2, near that of AdamW's. Jordan (2024), who introduced Muon, has
     sqrt(max(1, out / in)) in its place: of a matrix 256 x 2304 and at the same lr, this step is 9.6 times as long.
 
-    A kernel (out, in, k, k) is treated as a matrix (out, in k k). The classifier, depthwise kernels and stacks of
-    matrices, which `param_groups` leaves out of `matrices`, use AdamW with a learning rate of their own. From the
-    library pytorch_optimizer, which iterates in bfloat16; on CPUs without native bfloat16 products, where those take 30
-    times as long, it iterates in float32 (`skipway.optim.muon`).
+    A kernel (out, in, k, k) is treated as a matrix (out, in k k). The classifier and stacks of matrices (experts,
+    kernels of grouped and depthwise convolutions), which `param_groups` leaves out of `matrices`, use AdamW with a
+    learning rate of their own: as one matrix, the rows of one member would be made orthogonal to those of another, with
+    whose inputs they have nothing to do. From the library pytorch_optimizer, which iterates in bfloat16; on CPUs
+    without native bfloat16 products, where those take 30 times as long, it iterates in float32 (`skipway.optim.muon`).
 
     Args:
         momentum: momentum of the matrices.
