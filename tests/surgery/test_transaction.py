@@ -403,6 +403,39 @@ def test_what_is_put_back_is_left_alone_by_a_change_elsewhere():
     assert net.norm.weight.requires_grad
 
 
+class Plain(nn.Module):
+    """A norm at the root that a map takes in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
+        self.body, self.head = nn.Sequential(nn.ReLU(), Net().blocks), nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(self.norm(self.stem(x))).mean((2, 3)))
+
+
+def test_a_norm_at_the_root_is_as_frozen_as_all_else_after_a_linear_probe():
+    net = Plain().eval()
+    operation = sw.remove_norm(net, X, how="fold")
+    assert not list(net.norm.parameters())  # nothing stands in its place that could be frozen
+    net.train().requires_grad_(False)
+    net.head.requires_grad_(True)
+    operation.undo()
+    learning = {name for name, parameter in net.named_parameters() if parameter.requires_grad}
+    assert learning == {"head.weight", "head.bias"}
+
+
+def test_a_classifier_that_is_put_back_after_a_linear_probe_learns():
+    net = Net()
+    operation = sw.surgery.replace_classifier(net, X, 3)
+    net.requires_grad_(False)
+    net.head.requires_grad_(True)
+    operation.undo()
+    learning = {name for name, parameter in net.named_parameters() if parameter.requires_grad}
+    assert learning == {"head.weight", "head.bias"}
+
+
 def test_an_old_classifier_is_trained_again_after_the_whole_network_is():
     net = Net().requires_grad_(False)
     operation = sw.surgery.replace_classifier(net, X, 3)

@@ -169,7 +169,8 @@ class Operation:
         An interrupted `undo` finishes first and raises then. After training, parameters that the operation neither put
         in nor wrote into keep what they learned; where others were trained since, the network would become a mixture of
         what it was and what it learned, which is refused. Where the training mode or `requires_grad` was changed since
-        in all of the network, or of the part of it that something is put back into, this takes them too.
+        in all of the network (or all but its last part, a classifier), or of the part of it that something is put back
+        into, this takes them too.
 
         Args:
             force: put the model back even so: parameters that the operation put in are dropped, those that it wrote
@@ -272,17 +273,26 @@ def flags_of(model: nn.Module) -> tuple[Flags, Flags]:
 
 def changed_flags(then: Flags, now: Flags) -> dict[str, bool | None]:
     """The modules, and parameters, by name, in which a flag was changed, with the value that all flags in them have
-    now; None where they differ.
+    now; None where they differ. The network as a whole has that of all its parts but the last one, a classifier that
+    alone learns; what is in that one follows it alone.
 
+    >>> changed_flags({"a.b": True, "a.c": True, "d": True}, {"a.b": False, "a.c": True, "d": True})
+    {'': None, 'a': None, 'a.b': False}
     >>> changed_flags({"a.b": True, "a.c": False, "d": True}, {"a.b": False, "a.c": False, "d": True})
-    {'': None, 'a': False, 'a.b': False}
+    {'': False, 'a': False, 'a.b': False, 'd': None}
     """
     changed, values = set[str](), dict[str, set[bool]]()
-    for name in then.keys() & now.keys():
+    names = [name for name in now if name in then]
+    for name in names:
         for scope in dict.fromkeys((name, *parents(name), "")):
             values.setdefault(scope, set()).add(now[name])
             changed.update([scope] * (then[name] != now[name]))
-    return {scope: next(iter(values[scope])) if len(values[scope]) == 1 else None for scope in sorted(changed)}
+    flags = {scope: next(iter(values[scope])) if len(values[scope]) == 1 else None for scope in sorted(changed)}
+    parts = list(dict.fromkeys(name.partition(".")[0] for name in names))
+    trunk = set[bool]().union(*(values[part] for part in parts[:-1]))
+    if flags.get("", True) is None and len(parts) > 1 and len(trunk) == 1:
+        flags = {**flags, "": next(iter(trunk)), parts[-1]: flags.get(parts[-1])}
+    return flags
 
 
 def set_flags(
