@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -95,6 +97,47 @@ def test_norms_do_not_see_the_size_of_the_stream():
     depthscaled.load_state_dict(umup.state_dict())
     x = torch.randn(2, 3, 16, 16)
     assert torch.allclose(umup(x), depthscaled(x), rtol=1e-3, atol=1e-5)
+
+
+def tau_of(layers: str, place: int, ratio: float) -> float:
+    """Appendix G: τ² = α_kind² / (L/2 + n_a α_a² + n_m α_m²), with the kinds before it counted."""
+    mlp = 2 / (1 + ratio**2)
+    size = {"a": ratio**2 * mlp, "m": mlp}
+    return (size[layers[place]] / (len(layers) / 2 + sum(size[each] for each in layers[:place]))) ** 0.5
+
+
+class Decoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        options = {"dropout": 0.0, "batch_first": True}
+        self.layers = nn.ModuleList([nn.TransformerDecoderLayer(8, 2, 16, **options) for _ in range(3)])
+
+    def forward(self, x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x, memory)
+        return x
+
+
+def test_branches_in_networks_of_others_are_counted_by_kind():
+    """A decoder with cross-attention has two attentions to an MLP; norm(s x + t F) = norm(x + t/s F), t/s = τ."""
+    torch.manual_seed(0)
+    model, given = Decoder().eval(), (torch.randn(2, 4, 8), torch.randn(2, 5, 8))
+    sw.rescheme(model, given, "umup(ratio=2.0)", start="scheme")
+    scales = [module.residual_scale for module in model.modules() if hasattr(module, "residual_scale")]
+    found = [scale[0].factor * scale[1].factor for scale in scales]
+    assert found == pytest.approx([tau_of("aam" * 3, place, 2.0) for place in range(9)])
+
+
+def test_kinds_that_are_not_known_are_not_guessed():
+    scheme, wrong = sw.UMuP(ratio=2.0), sw.Site(dim=8, index=1, depth=4, spatial=0, kind="attention")
+    with pytest.raises(SkipwayError, match=r"ratio=2.0: branch 1 is of kind 'attention' where every other"):
+        scheme.scale(wrong)
+    assert sw.UMuP().tau(wrong) == pytest.approx((1 / 3) ** 0.5)
+    known = replace(wrong, kinds=("attention", "attention", "mlp", "mlp"))
+    assert scheme.tau(known) == pytest.approx(tau_of("aamm", 1, 2.0))
+    alone = sw.Site(dim=8, index=1, depth=2, spatial=0, kind="mlp", kinds=("mlp", "mlp"))
+    with pytest.raises(SkipwayError, match="the branches of this network are MLPs, which is not attention and MLPs"):
+        scheme.tau(alone)
 
 
 def test_convolutions_are_of_one_kind():

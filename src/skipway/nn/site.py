@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from skipway.errors import SkipwayError
@@ -32,6 +32,7 @@ class Site:
         spatial: axes after the channel axis: 2 for image maps (N, C, H, W), 0 for tokens (N, T, C).
         kind: what the branch does: "conv", "attention" or "mlp".
         block: number of the block that the branch is in, from 0. None: two branches make one.
+        kinds: what all branches of the network do, in order, where that is known; empty where it is not.
 
     >>> Site(dim=64, index=3, depth=16).position
     4
@@ -47,6 +48,7 @@ class Site:
     spatial: int = 2
     kind: Kind = "conv"
     block: int | None = None
+    kinds: tuple[Kind, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         if self.dim < 1:

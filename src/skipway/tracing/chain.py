@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from skipway.errors import SkipwayError, counted
 from skipway.nn import Branch, Classifier, LinearMap, Residual
 from skipway.nn.computed_weights import computed_weight, multiply_tensor, stored_weight
-from skipway.nn.site import Site
+from skipway.nn.site import Kind, Site
 from skipway.tracing import Example, Program, Refusal, ResidualAdd, find_residual_adds, unwrap, watch
 from skipway.tracing.paths import condense_paths
 from skipway.tracing.residual_slots import find_residual_slots
@@ -353,21 +353,22 @@ def read_chain(model: nn.Module, example: Example) -> Chain[Connection] | Chain[
 def chain_from_program(model: nn.Module, program: Program) -> Chain[WatchedConnection]:
     """The chain of a model whose forward pass was watched."""
     sums, refused = find_residual_adds(program, find_residual_slots(model, program))
-    connections, since = [], 0
+    connections, since, kinds = [], 0, tuple(seen.kind for seen in sums)
     for index, seen in enumerate(sums):
         since = 0 if seen.skip == "projection" else since
-        connections.append(WatchedConnection(seen.name, site_of(seen, index, len(sums), since), seen, model))
+        connections.append(WatchedConnection(seen.name, site_of(seen, index, kinds, since), seen, model))
         since += 1
     maps = [value for value in program.values if value.part == "map" and value.norm is None]
     owner = program.weight_owner(maps[-1]) if maps else None
     return Chain(model, connections, None if owner is None else LinearMap(model.get_submodule(owner)), refused)
 
 
-def site_of(seen: ResidualAdd, index: int, depth: int, since: int) -> Site:
+def site_of(seen: ResidualAdd, index: int, kinds: tuple[Kind, ...], since: int) -> Site:
     """The place of a watched connection; where no weight says which axis holds the channels, the last one is taken."""
     axis = len(seen.shape) - 1 if seen.channel is None else seen.channel
     spatial = len(seen.shape) - 1 - axis
-    return Site(dim=seen.shape[axis], index=index, depth=depth, since=since, spatial=spatial, kind=seen.kind)
+    place = {"index": index, "depth": len(kinds), "since": since}
+    return Site(dim=seen.shape[axis], **place, spatial=spatial, kind=seen.kind, kinds=kinds)
 
 
 def site_in_chain(residual: Residual, index: int, depth: int) -> Site:
