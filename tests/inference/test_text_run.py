@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 import skipway as sw
 from skipway.data.text import ByteTokenizer
@@ -17,6 +19,7 @@ from skipway.inference.predict import Predictor
 from skipway.inference.text_inputs import TextInputs
 from skipway.inference.text_run import decode_continuation, generate_text
 from skipway.recipe import Recipe
+from skipway.training.loop import train
 
 
 @pytest.fixture
@@ -103,6 +106,39 @@ def test_another_text_is_read_as_that_of_the_run(of_bytes, tmp_path):
     found = text_run.evaluate_text_run(Path("run"), book)
     assert found.remarks[0] == "read as the text of the run was: divider='='"
     assert not any("column" in remark for remark in found.remarks)
+
+
+def test_a_text_shorter_than_a_window_is_scored_and_said_to_be(of_bytes, tmp_path):
+    """Every byte but the first, by hand; a folder whose training text is short is evaluated on its test text."""
+    of_bytes()
+    book = tmp_path / "note.txt"
+    book.write_text("a note")
+    found = text_run.evaluate_text_run(Path("run"), book, device="cpu")
+    model, _ = text_run.load_text_model("run", "cpu")
+    ids = torch.tensor(list(b"a note"))
+    with torch.no_grad():
+        expected = float(nn.functional.cross_entropy(model(ids[None, :-1])[0], ids[1:]))
+    assert (found.evaluation.total, found.evaluation.bytes) == (5, 5)
+    assert found.evaluation.loss == pytest.approx(expected, rel=1e-5)
+    assert "the text has 6 tokens, less than a window of 9: it is scored with less context" in found.remarks[-1]
+    for folder, text in (("train", "few"), ("test", "ab" * 30)):
+        (tmp_path / "text" / folder).mkdir(parents=True)
+        (tmp_path / "text" / folder / "a.txt").write_text(text)
+    tested = text_run.evaluate_text_run(Path("run"), tmp_path / "text", device="cpu")
+    assert tested.evaluation.total == 60  # of several documents each has a separator in front
+    assert not any("context" in remark for remark in tested.remarks)
+    book.write_text("a")
+    with pytest.raises(DataError, match="note has 1 token, and the first token is not scored; the rule is 2 or more"):
+        text_run.evaluate_text_run(Path("run"), book, device="cpu")
+
+
+def test_a_run_without_a_test_text_is_said_to_be_evaluated_on_its_validation_text(tmp_path):
+    book = tmp_path / "book.txt"
+    book.write_text("once upon a time " * 60)
+    sizes = {"model": "gpt-nano", "context": 8, "steps": 1, "precision": "float32", "health": 0.0}
+    train(Recipe(data=book, holdout=0.0, validation=0.2, **sizes), tmp_path / "run")
+    found = text_run.evaluate_text_run(tmp_path / "run")
+    assert found.remarks == (text_run.UNTESTED,)
 
 
 def test_a_decoder_without_a_tokenizer_is_no_classifier(tmp_path, monkeypatch):

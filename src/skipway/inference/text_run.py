@@ -15,6 +15,7 @@ from torch import nn
 from skipway.checkpoint.files import read_json
 from skipway.data.sources.splits import SPLITS, Split
 from skipway.data.text import TextChoices, TextData, Tokenizer, load_text
+from skipway.data.text.loader import short_text_remarks
 from skipway.data.text.tokenizer_file import FILE, WAY_OUT
 from skipway.errors import CheckpointError, DataError, MissingExtraError, SkipwayError, counted, printable, spell
 from skipway.hardware.device import choose_device
@@ -32,6 +33,10 @@ __all__ = ["TextRunEvaluation", "decode_continuation", "evaluate_text_run", "gen
 
 # sequences of a forward pass
 BATCH = 16
+UNTESTED = (
+    "no text is left to test on: the result is that of the validation text, which also chooses the weights, so it is a "
+    "little too good"
+)
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,7 @@ def evaluate_text_run(
     precision, remarks = "float32", list[str]()
     if data is None:
         text, precision = stored_text(path, inputs)
+        remarks = [each for each in text.remarks if each == UNTESTED]
     else:
         text, remarks = other_text(path, inputs, data, column, outside)
     split: Split = "test" if text.test.targets else "validation" if text.validation.targets else "train"
@@ -147,6 +153,7 @@ def evaluate_text_run(
     assert found is not None
     if data is not None and (others := sum(len(getattr(text, each)) for each in SPLITS if each != split)):
         remarks.append(f"the {split} split is evaluated, not the {counted(others, 'token')} of other splits")
+    remarks += short_text_remarks(part, text.context, "the text" if split == "train" else f"the {split} text")
     name = text.name if split == "train" else f"{text.name}, {split} split"
     return TextRunEvaluation(name, found, tuple(remarks))
 
@@ -163,6 +170,7 @@ def other_text(
     own = {name: chosen[name] for name in names if chosen.get(name) is not None}
     text = load_text(
         data,
+        trains=False,
         tokenizer=inputs.tokenizer,
         context=inputs.context,
         holdout=0.0,
@@ -184,11 +192,7 @@ def with_test(data: TextData) -> TextData:
     """The data, tested on the validation text where no text is held out for a test, with a remark."""
     if data.test.targets or not data.validation.targets:
         return data
-    remark = (
-        "no text is left to test on: the result is that of the validation text, which also chooses the weights, so it "
-        "is a little too good"
-    )
-    return dataclasses.replace(data, test=data.validation, remarks=(*data.remarks, remark))
+    return dataclasses.replace(data, test=data.validation, remarks=(*data.remarks, UNTESTED))
 
 
 def stored_text(path: str | Path, inputs: TextInputs) -> tuple[TextData, str]:

@@ -31,11 +31,12 @@ MOST_UNKNOWN = 0.5
 FEW_USED = 0.5
 
 
-def load_text(source: Path | str | TextChoices | None = None, **choices: Any) -> TextData:
+def load_text(source: Path | str | TextChoices | None = None, *, trains: bool = True, **choices: Any) -> TextData:
     """Read the text of `source`, or the standard library of this Python for None; split it and encode it.
 
     Args:
         source: see `TextChoices`; or a `TextChoices`.
+        trains: whether it is trained on, so that the training text has to fill a window; else any two tokens will do.
         choices: fields of `TextChoices`.
 
     Raises:
@@ -61,10 +62,10 @@ def load_text(source: Path | str | TextChoices | None = None, **choices: Any) ->
         chosen = replace(source, **choices) if choices else source
     else:
         chosen = TextChoices(source=source, **choices)
-    return prepare(chosen)
+    return prepare(chosen, trains=trains)
 
 
-def prepare(chosen: TextChoices) -> TextData:
+def prepare(chosen: TextChoices, *, trains: bool) -> TextData:
     """Read, split and encode a text as was chosen."""
     found = text_source(chosen)
     cache = TextCache.of(found, chosen)
@@ -79,7 +80,7 @@ def prepare(chosen: TextChoices) -> TextData:
     except ChangedText:
         cache.forget()
         raise
-    check_parts(parts, tokenizer, chosen.context, found.name)
+    check_parts(parts, tokenizer, chosen.context, found.name, trains=trains)
     return TextData(
         name=found.name,
         tokenizer=tokenizer,
@@ -97,19 +98,26 @@ def prepare(chosen: TextChoices) -> TextData:
             *notes.sentences(),
             *remarks,
             *cache.remarks,
-            *part_remarks(parts, tokenizer, chosen.context, corpus.separates),
+            *part_remarks(parts, tokenizer, chosen.context, corpus.separates, trains=trains),
         ),
     )
 
 
-def check_parts(parts: Mapping[Split, TokenSplit], tokenizer: Tokenizer, context: int, name: str) -> None:
-    """Check that the training text fills a window, and that the tokenizer represents it.
+def check_parts(
+    parts: Mapping[Split, TokenSplit], tokenizer: Tokenizer, context: int, name: str, *, trains: bool
+) -> None:
+    """Check that the training text fills a window, where it trains, and that the tokenizer represents it.
 
     Raises:
         DataError: it does not.
     """
     train = parts["train"]
-    if train.targets < context:
+    if not trains and not any(part.targets for part in parts.values()):
+        tokens = counted(sum(map(len, parts.values())), "token")
+        raise DataError(
+            f"{printable(name)} has {tokens}, and the first token is not scored; the rule is 2 or more; give more text"
+        )
+    if trains and train.targets < context:
         least = f"take a context of at most {train.targets}" if train.targets else "give more text"
         raise DataError(
             f"{spell('context', context)}: the training text of {printable(name)} has {counted(len(train), 'token')}, "
@@ -124,7 +132,7 @@ def check_parts(parts: Mapping[Split, TokenSplit], tokenizer: Tokenizer, context
 
 
 def part_remarks(
-    parts: Mapping[Split, TokenSplit], tokenizer: Tokenizer, context: int, separators: bool
+    parts: Mapping[Split, TokenSplit], tokenizer: Tokenizer, context: int, separators: bool, *, trains: bool
 ) -> Iterator[str]:
     """Remarks about unknown tokens, separators within documents, splits that are short, and ids that do not occur."""
     for split, part in parts.items():
@@ -137,14 +145,25 @@ def part_remarks(
         between = len(part.documents) - 1 if separators else 0
         if tokenizer.separator is not None and (inside := int(counts[tokenizer.separator]) - between):
             yield f"{counted(inside, 'separator')} of the tokenizer stand within documents of the {split} text"
-        if split != "train" and 0 < part.targets < context:
-            yield (
-                f"the {split} text has {counted(len(part), 'token')}, less than a window of {context + 1}: it is "
-                "scored with less context than the model is trained on"
-            )
-        if split == "train" and isinstance(tokenizer, FileTokenizer) and counts.astype(bool).mean() < FEW_USED:
+        if trains and split != "train":
+            yield from short_text_remarks(part, context, f"the {split} text")
+        if (
+            trains
+            and split == "train"
+            and isinstance(tokenizer, FileTokenizer)
+            and counts.astype(bool).mean() < FEW_USED
+        ):
             used = np.count_nonzero(counts)
             yield f"{used:,} of the {tokenizer.size:,} ids of the tokenizer occur in the training text"
+
+
+def short_text_remarks(part: TokenSplit, context: int, name: str) -> Iterator[str]:
+    """A remark where a text that is scored does not fill a window."""
+    if 0 < part.targets < context:
+        yield (
+            f"{name} has {counted(len(part), 'token')}, less than a window of {context + 1}: it is scored with less "
+            "context than the model is trained on"
+        )
 
 
 def content_key(corpus: Corpus, plan: Partition, tokenizer: Tokenizer) -> str:
