@@ -236,7 +236,7 @@ class Recipe:
     """See skipway schemes. [the model's]"""
 
     start: str | Path | None = None
-    """random, whitened, pretrained, FILE, hf:NAME. [auto]"""
+    """random, auto, pretrained, FILE, hf:NAME. [by case]"""
 
     weights_names: Literal["skipway", "timm", "torchvision", "huggingface"] = advanced("skipway")
     """Naming scheme of the checkpoint."""

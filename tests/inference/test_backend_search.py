@@ -111,6 +111,21 @@ def test_what_is_far_behind_is_released(monkeypatch):
     assert looked.comparison.results[Choice("b")].seconds == pytest.approx(0.9)
 
 
+def test_a_machine_that_slows_down_leaves_no_table_against_the_choice(monkeypatch):
+    """What was given up in a quick hour would else stand there with less time than the fastest of a slow one."""
+    fakes = Fakes(monkeypatch, {Choice("a"): 0.2, Choice("b"): 0.5, Choice("c"): 0.21})
+    looked = search(["a", "b", "c"])
+    looked.explore()
+    fakes.seconds = {choice: 10 * seconds for choice, seconds in fakes.seconds.items()}
+    assert looked.decide().choice == Choice("a")
+    results = looked.comparison.results
+    assert results[Choice("a")].in_turns
+    assert not results[Choice("b")].in_turns
+    assert results[Choice("b")].seconds == pytest.approx(5)
+    asked = [each for choice, each in results.items() if choice.backend != ORIGINAL and not each.note]
+    assert all(each.seconds >= results[Choice("a")].seconds for each in asked)
+
+
 @pytest.mark.parametrize("names", [["a", "b"], [ORIGINAL, "a", "b"]])
 def test_the_fastest_that_keeps_the_answers_wins(names, monkeypatch):
     """A coarse precision that is far ahead is refused at the end, when the fast exact choices have to be there yet."""
@@ -647,7 +662,7 @@ def test_files_that_are_none(tmp_path):
     with pytest.raises(SkipwayError, match="there is no such file"):
         load_optimized(tmp_path / "none.pt")
     (tmp_path / "text.pt").write_text("hello")
-    with pytest.raises(SkipwayError, match="no optimized model can be read"):
+    with pytest.raises(SkipwayError, match="no file that optimized.save"):
         load_optimized(tmp_path / "text.pt")
     _, fast = built(Choice("torch"))
     fast.original.hook = lambda x: x

@@ -238,6 +238,8 @@ def diagnose_text(text: str, question: Question, output: Output, *, of_several: 
         with output.working(f"loading {text}"):
             loaded, batch = prepared(text, question)
         output.remarks[text] = batch[2]
+        if loaded.guessed and question.input is None and question.batch is None:
+            output.note(f"the input of {text} is taken to be {shape_text(loaded.shape)}; --input gives another")
         with output.progress(text if of_several else ""):
             return diagnose_loaded(loaded, batch, question)
     except CheckpointError as error:  # whose exit status is that of an undecided verdict
@@ -327,6 +329,11 @@ class Output:
         from skipway.diagnosis.progress import progress_shown
 
         return progress_shown("nowhere" if self.quiet else "terminal" if self.json else "anywhere", name)
+
+    def note(self, sentence: str) -> None:
+        """Print what people have to know before they wait."""
+        if not (self.json or self.quiet):
+            print_note(sentence)
 
     def labelled(self, label: str, text: str) -> None:
         """Print one line with a label, for people only."""
@@ -498,8 +505,13 @@ def diagnose_loaded(loaded: LoadedModel, batch: tuple[Any, Any, str], question: 
     except SkipwayError as error:
         if error.__cause__ is None or question.input is not None:
             raise
-        shape = "x".join(map(str, loaded.shape))
+        shape = shape_text(loaded.shape)
         raise SkipwayError(f"{error}; the samples had shape {shape}: set another one by --input") from error
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """The shape of a sample in words."""
+    return "x".join(map(str, shape))
 
 
 def lint_model(loaded: LoadedModel, example: Any, output: Output, command: str) -> int:

@@ -168,7 +168,7 @@ class LiveReporter(LineReporter):
     def beat(self) -> None:
         """Rewrite the live line with the seconds since it last changed."""
         silent = time.monotonic() - self.changed
-        self.rewrite(f"  for {duration(silent)}" if silent > SILENCE else "")
+        self.rewrite(f"  (no news for {duration(silent)})" if silent > SILENCE else "")
 
     def rewrite(self, more: str = "") -> None:
         """The live line, with some more text; a bar that moves where the total is not known."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import shlex
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -56,7 +57,7 @@ def usage_text(error: CycloptsError, given: Sequence[str], commands: Sequence[st
         given: the words of the command line.
         commands: the names of all commands.
     """
-    from cyclopts import UnknownCommandError, UnknownOptionError, UnusedCliTokensError
+    from cyclopts import MissingArgumentError, UnknownCommandError, UnknownOptionError, UnusedCliTokensError
 
     wrong, meant, message = "", [], str(error)
     command = given[0] if given and given[0] in commands else ""
@@ -67,6 +68,9 @@ def usage_text(error: CycloptsError, given: Sequence[str], commands: Sequence[st
     elif isinstance(error, UnknownOptionError):
         wrong = error.token.keyword or error.token.value
         meant = [message.rpartition("Did you mean ")[2].rstrip("?")] if "Did you mean " in message else []
+    elif isinstance(error, MissingArgumentError) and (found := re.search(r"(--\S+) requires an argument", message)):
+        if not any(word.partition("=")[0] == found[1] for word in given):
+            message = f"{found[1]} is missing"
     elif isinstance(error, UnusedCliTokensError) and error.unused_tokens:
         extra = " ".join(map(repr, error.unused_tokens))
         message = (

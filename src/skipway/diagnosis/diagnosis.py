@@ -308,7 +308,7 @@ class Diagnosis:
         """Apply remedies to a copy of the model, diagnose the copy, and return both as a `Treatment`.
 
         Args:
-            remedies: what to apply, in order. None given: while the verdict is not "trains", the best of the offers,
+            remedies: what to apply, in order. None given: while the verdict is not "trains", the first of the offers,
                 then a new diagnosis, at most three times.
             inplace: change the model itself instead of a copy. A remedy that builds anew (`Rescheme`) returns another
                 model all the same, and leaves this one as it was. On any exception the model is put back.

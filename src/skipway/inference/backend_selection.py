@@ -49,6 +49,10 @@ SECONDS = 30.0
 """Time after which no timing is started: a network that takes seconds is judged by fewer rounds."""
 BRIEF = 0.1
 """Seconds of a call below which it is run once before it is timed, for the caches."""
+SHORT, REPEATS = 0.02, 5
+"""Seconds of a call below which it is timed more often, since it is easily disturbed: five times in place of once, and
+in five times as many rounds.
+"""
 
 
 WRITES = "the model writes into its arguments"
@@ -63,12 +67,13 @@ class BackendResult:
 
     Args:
         choice: what was built; the backend "original" is the model itself.
-        seconds: median of a call, or the only one of a choice that was out of the running at once; NaN where it was not
-            timed.
+        seconds: median of a call in turns with others; of a choice that was given up early, as many times
+            those of the fastest as it took then; NaN where it was not timed.
         difference: largest difference from the original's output over its largest value; NaN where it never ran.
         build_seconds: time until the first output.
         note: why the choice is out of the question; empty where it is not.
         tolerance: largest difference that was asked for; None for that of `TOLERANCES`.
+        in_turns: whether it was timed in turns with the fastest.
     """
 
     choice: Choice
@@ -77,6 +82,7 @@ class BackendResult:
     build_seconds: float = math.nan
     note: str = ""
     tolerance: float | None = None
+    in_turns: bool = False
 
     @property
     def backend(self) -> str:
@@ -94,14 +100,16 @@ def quickest(results: Iterable[BackendResult]) -> BackendResult:
     return min(results, key=lambda each: each.seconds if math.isfinite(each.seconds) else math.inf)
 
 
-def with_timings(results: Mapping[Choice, BackendResult], timings: Iterable[Timing]) -> dict[Choice, BackendResult]:
+def with_timings(
+    results: Mapping[Choice, BackendResult], timings: Iterable[Timing], *, in_turns: bool = False
+) -> dict[Choice, BackendResult]:
     """Return results with the median seconds of timings that are named by the text of a choice."""
     timed, made, named = dict(results), list(timings), {str(choice): choice for choice in results}
     for timing in made:
         if timing.error:
             timed[named[timing.name]] = replace(timed[named[timing.name]], note=f"failed: {timing.error}")
     for name, seconds in median_seconds(made).items():
-        timed[named[name]] = replace(timed[named[name]], seconds=seconds)
+        timed[named[name]] = replace(timed[named[name]], seconds=seconds, in_turns=in_turns)
     return timed
 
 
@@ -434,6 +442,9 @@ class BackendComparison:
         last = self.results[choice].seconds
         last = last if math.isfinite(last) else self.judged.get(choice, 0.0)
         timing = time_candidate(self.candidate(choice), 0, self.clock, warm_up=last < BRIEF)
+        for _ in range(REPEATS - 1 if timing.seconds < SHORT else 0):
+            again = time_candidate(self.candidate(choice), 0, self.clock, warm_up=False)
+            timing = min(timing, again, key=lambda each: -1.0 if each.error else each.seconds)
         self.results = with_timings(self.results, [timing])
         if timing.error:
             del self.runs[choice]
@@ -442,9 +453,10 @@ class BackendComparison:
     @torch.no_grad()
     def time(self, rounds: int = ROUNDS, seconds: float = SECONDS) -> None:
         """Time those that agree, up to `rounds` times each within `seconds`; much slower ones are dropped early."""
-        candidates = [self.candidate(choice) for choice in self.runs]
+        brief = all(self.results[choice].seconds < SHORT for choice in self.runs)
+        candidates, rounds = [self.candidate(choice) for choice in self.runs], rounds * (REPEATS if brief else 1)
         timings = time_interleaved(candidates, rounds, limit=seconds, clock=self.clock)
-        self.results = with_timings(self.results, timings)
+        self.results = with_timings(self.results, timings, in_turns=True)
 
     def fastest(self, names: Sequence[str], precisions: Sequence[str]) -> BackendResult:
         """Return the fastest result that agrees, of some backends and precisions.

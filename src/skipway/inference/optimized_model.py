@@ -201,9 +201,11 @@ class OptimizedModel(nn.Module):
     def __str__(self) -> str:
         lines = [f"{self.choice}: {self.speedup:.2f} times as fast as the original", *self.sentences()]
         width = max(len(str(each.choice)) for each in self.report)
-        for each in self.report:
+        rows = sorted(self.report, key=lambda each: (bool(each.note), not each.in_turns, each.seconds))
+        for each in rows:
             figures = (
                 f"{each.seconds * 1e3:8.2f} ms, differs by {each.difference:.1e}, built in {each.build_seconds:.1f} s"
+                + ", given up early" * (not each.in_turns)
             )
             lines.append(f"  {each.choice!s:<{width}} {each.note or figures}")
         return "\n".join(lines)
@@ -408,7 +410,10 @@ def load_optimized(path: str | Path) -> OptimizedModel:
     except FileNotFoundError as error:
         raise SkipwayError(f"path={printable(path)}: there is no such file") from error
     except Exception as error:  # pickle, and what objects raise in it
-        raise SkipwayError(f"path={printable(path)}: no optimized model can be read: {first_line(error)}") from error
+        raise SkipwayError(
+            f"path={printable(path)}: no file that optimized.save(path) wrote, or one that cannot be read here: "
+            f"{type(error).__name__}: {first_line(error)}"
+        ) from error
     quantized, answer = stored.get("quantized"), stored.get("answer")
     if quantized is not None and "fits_any" not in vars(quantized):  # of older versions
         quantized = replace(quantized, fits_any=saturates_on(stored["machine"]["processor"]))

@@ -87,6 +87,7 @@ class LoadedModel:
         others: further arguments.
         batch: inputs, or (inputs, targets), that the source brought along.
         remarks: sentences about how it was made.
+        guessed: whether the shape of a sample is a guess from the first layer.
     """
 
     model: nn.Module
@@ -97,6 +98,7 @@ class LoadedModel:
     others: tuple[RandomInput, ...] = ()
     batch: Any = None
     remarks: tuple[str, ...] = ()
+    guessed: bool = False
 
     def call_with(self, samples: Tensor) -> Any:
         """Samples as the model takes them."""
@@ -324,12 +326,17 @@ def load_file(name: str, wanted: ModelRequest) -> LoadedModel:
         raise SkipwayError(
             f"{name} gives a {type(model).__name__}; it has to give a torch.nn.Module, or (model, batch)"
         )
-    vocabulary = (
-        next(parameter_owners(model)).num_embeddings
-        if isinstance(next(parameter_owners(model), None), nn.Embedding)
-        else None
+    first = next(parameter_owners(model), None)
+    vocabulary = first.num_embeddings if isinstance(first, nn.Embedding) else None
+    stated = described_input(model) is not None or isinstance(first, nn.Embedding | nn.Linear)
+    return LoadedModel(
+        model=model,
+        shape=input_shape_of(model),
+        vocabulary=vocabulary,
+        batch=batch,
+        remarks=remarks,
+        guessed=batch is None and not stated,
     )
-    return LoadedModel(model=model, shape=input_shape_of(model), vocabulary=vocabulary, batch=batch, remarks=remarks)
 
 
 class UncachedLoader(SourceFileLoader):
@@ -530,12 +537,8 @@ FIRST_LAYER: dict[type[nn.Module], Callable[[Any], Shape]] = {
 }
 
 
-def input_shape_of(model: nn.Module) -> Shape:
-    """The shape of one sample: as the model says, else as its first layer lets guess.
-
-    >>> input_shape_of(nn.Sequential(nn.Linear(5, 2))), input_shape_of(nn.Sequential(nn.Conv2d(1, 2, 3)))
-    ((5,), (1, 224, 224))
-    """
+def described_input(model: nn.Module) -> Shape | None:
+    """The shape of one sample as a model of timm's, or of ours, says; None where it says nothing."""
     described = getattr(model, "default_cfg", None)
     if isinstance(described, dict) and "input_size" in described:
         return tuple(described["input_size"])
@@ -545,8 +548,17 @@ def input_shape_of(model: nn.Module) -> Shape:
             SMALL_SIDE if getattr(config, "stem", None) in ("cifar", "patch") else getattr(config, "image", IMAGE[-1])
         )
         return (config.channels, side, side)
-    if hasattr(config, "context"):
-        return (config.context,)
+    return (config.context,) if hasattr(config, "context") else None
+
+
+def input_shape_of(model: nn.Module) -> Shape:
+    """The shape of one sample: as the model says, else as its first layer lets guess.
+
+    >>> input_shape_of(nn.Sequential(nn.Linear(5, 2))), input_shape_of(nn.Sequential(nn.Conv2d(1, 2, 3)))
+    ((5,), (1, 224, 224))
+    """
+    if (described := described_input(model)) is not None:
+        return described
     first = next(parameter_owners(model), None)
     guess = next((guess for kind, guess in FIRST_LAYER.items() if isinstance(first, kind)), None)
     return IMAGE if guess is None else guess(first)
