@@ -1187,6 +1187,7 @@ def test_a_list_that_modules_share_until_one_replaces_it():
     assert differing_state(model, after) == ["1.seen"]
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("backend", ["fused", "eager"])
 def test_a_network_that_writes_zeros_where_a_mask_hides(backend):
     """torch.nn.TransformerEncoder does, in a fast path that other backends do not take, and not for a mask of zeros."""
@@ -1199,3 +1200,12 @@ def test_a_network_that_writes_zeros_where_a_mask_hides(backend):
     given = {**example, "src_key_padding_mask": torch.arange(5).expand(3, 5) > torch.tensor([[4], [2], [1]])}
     with torch.no_grad():
         assert torch.allclose(fast(**given), model(**given), atol=1e-5)
+
+
+def test_a_dict_for_a_network_that_takes_one():
+    model = Net(lambda y: y, lambda given: given["pixels"])
+    with pytest.raises(SkipwayError, match=r"one for a network that takes a dict is \(dict,\)"):
+        optimize(model, {"pixels": X}, backends="eager", cache=False)
+    fast = optimize(model, ({"pixels": X},), backends="eager", cache=False)
+    with torch.no_grad():
+        assert torch.allclose(fast({"pixels": X}), model({"pixels": X}))

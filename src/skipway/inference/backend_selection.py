@@ -214,6 +214,8 @@ class BackendComparison:
                     continue  # it takes no random numbers: indices, or a range that it asserts
                 shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_in(given))
                 why = f"this {kind} fails on its example of shape {shapes}: {root_cause(error)}"
+                if isinstance(error, TypeError) and isinstance(given, Mapping):
+                    why += "; a dict gives arguments by name, and one for a network that takes a dict is (dict,)"
                 raise SkipwayError(why) from error
             if not any(True for _ in tensors_in(output)):
                 raise SkipwayError(f"this {kind} returns no tensor that could be compared")
