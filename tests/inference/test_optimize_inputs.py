@@ -1209,3 +1209,44 @@ def test_a_dict_for_a_network_that_takes_one():
     fast = optimize(model, ({"pixels": X},), backends="eager", cache=False)
     with torch.no_grad():
         assert torch.allclose(fast({"pixels": X}), model({"pixels": X}))
+
+
+@dataclass
+class Options:
+    """Arguments in an object, whose == asks for the truth of tensors."""
+
+    shift: torch.Tensor
+    twice: bool = False
+
+
+class WithOption(nn.Linear):
+    """A map that another argument decides about."""
+
+    def forward(self, x, option):
+        y = super().forward(x)
+        if isinstance(option, Options):
+            return y * 2 + option.shift if option.twice else y + option.shift
+        return y if isinstance(option, bool) else y * torch.as_tensor(option).float().sum()
+
+
+@pytest.mark.filterwarnings("ignore:arguments of other shapes")
+@pytest.mark.parametrize(
+    ("option", "others"),
+    [
+        (True, (1, 1.0, 2)),
+        (1, (True, 1.0)),
+        (np.ones(3), (np.ones(3), np.arange(3.0), np.ones(2))),
+        (Options(torch.ones(2)), (Options(torch.zeros(2)), Options(torch.ones(2), twice=True))),
+    ],
+)
+@pytest.mark.parametrize("backend", ["torch", "fused"])
+def test_other_options_of_a_call(backend, option, others):
+    model = WithOption(4, 2)
+    if backend == "fused" and not isinstance(option, int):
+        with pytest.raises(SkipwayError, match="failed: ValueError: Unsupported input type"):
+            optimize(model, (X, option), backends=backend, cache=False)
+        return
+    fast = optimize(model, (X, option), backends=backend, cache=False)
+    with torch.no_grad():
+        for each in (option, *others):
+            assert torch.allclose(fast(X, each), model(X, each), atol=1e-6)

@@ -7,13 +7,14 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import Enum
 from functools import lru_cache, partial
 from itertools import takewhile
 from types import BuiltinFunctionType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
@@ -68,9 +69,13 @@ def argument_kind(value: Any, any_size: bool = False) -> Any:
         return tuple(argument_kind(each, any_size) for each in value.unbind())
     if isinstance(value, Tensor):
         return value.ndim if any_size else tuple(value.shape), value.dtype, value.device
+    if isinstance(value, np.ndarray):  # whose == is an array
+        return type(value), value.shape, value.dtype, value.tobytes()
+    if is_dataclass(value) and not isinstance(value, type):  # whose == is that of the tensors in it
+        return type(value), *(argument_kind(getattr(value, each.name), any_size) for each in fields(value))
     if type(value).__eq__ is object.__eq__ and may_be_written(value):
         return type(value), *(argument_kind(each, any_size) for each in tensors_in(value))
-    return value
+    return type(value), value  # True equals 1, which equals 1.0
 
 
 @dataclass(frozen=True)
