@@ -385,7 +385,9 @@ def test_periods_of_a_bias():
 
 
 def test_double_precision_is_left_to_torch():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 4, 2)).double()
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), trained(nn.BatchNorm2d(4)), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2)
+    ).double()
     assert fused(model, 2, 3, 4, 4, dtype=torch.float64, tolerance=1e-12) is not None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from skipway.kernels.autotune import REFERENCE, Implementation, Kernel
@@ -76,12 +77,15 @@ class FusedProduct(Measured):
     def scale_outputs(self, scale: Tensor | None, shift: Tensor | None) -> None:
         """Let the product compute what a factor and a summand for each of its outputs follow."""
         assert self.weight is not None
-        weight, bias = (None if each is None else each.detach().float() for each in (self.weight, self.bias))
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        weight, bias, scale, shift = (
+            None if each is None else each.detach().to(wide) for each in (self.weight, self.bias, scale, shift)
+        )
         if scale is not None:
-            weight = weight * scale.float().view(-1, *(1,) * (weight.ndim - 1))  # type: ignore[union-attr]
-            bias = None if bias is None else bias * scale.float()
+            weight = weight * scale.view(-1, *(1,) * (weight.ndim - 1))  # type: ignore[union-attr]
+            bias = None if bias is None else bias * scale
         if shift is not None:
-            bias = shift.float() if bias is None else bias + shift.float()
+            bias = shift if bias is None else bias + shift
         dtype = self.weight.dtype
         self.weight = nn.Parameter(weight.to(self.weight), requires_grad=False)  # type: ignore[union-attr]
         self.bias = None if bias is None else nn.Parameter(bias.to(dtype).contiguous(), requires_grad=False)
