@@ -1250,3 +1250,14 @@ def test_other_options_of_a_call(backend, option, others):
     with torch.no_grad():
         for each in (option, *others):
             assert torch.allclose(fast(X, each), model(X, each), atol=1e-6)
+
+
+def test_integers_of_more_than_32_bits_are_refused_by_openvino():
+    pytest.importorskip("openvino")
+    model = Net(lambda y: y, lambda x: (x % 1009).float())
+    x = torch.randint(0, 2**20, (4, 4))
+    fast = optimize(model, x, backends="openvino", cache=False)
+    with torch.no_grad():
+        assert torch.allclose(fast(x), model(x), rtol=1e-4, atol=1e-2)
+    with pytest.raises(SkipwayError, match="OpenVINO has 32 bits for them"):
+        fast(x + 2**40)

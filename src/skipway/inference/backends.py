@@ -57,6 +57,8 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Types of the products by name."""
 INT8 = "int8"
 """Name of the precision of a network that has been quantised."""
+LEAST, MOST = -(2**31), 2**31 - 1
+"""Integers that OpenVINO computes with on a CPU."""
 DOUBLE = (torch.float64, torch.complex128)
 """Types that openvino and onnxruntime compute in float32."""
 NO_STATISTICS = {"CI": "true", "NNCF_CI": "1"}
@@ -407,6 +409,11 @@ def compile_openvino(converted: Any, choice: Choice, precision: str | None = Non
     here = in_each_process(compile_network)
 
     def run(x: Tensor) -> Tensor:
+        if x.dtype == torch.int64 and x.numel() and not LEAST <= int(x.min()) <= int(x.max()) <= MOST:
+            raise SkipwayError(
+                f"integers from {int(x.min())} to {int(x.max())}: OpenVINO has 32 bits for them; optimize the model "
+                "with other backends=, or give it smaller ones"
+            )
         compiled, requests = here()
         try:
             request = requests.pop()  # popping and appending are atomic
